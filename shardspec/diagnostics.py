@@ -1,0 +1,70 @@
+"""What a user is told: one frozen `Diagnostic` a mistake, rendered here and nowhere else."""
+
+from collections.abc import Iterable
+from typing import NoReturn
+
+from attrs import frozen
+
+
+@frozen(kw_only=True)
+class Location:
+    """A place in a user's source: a rule of the table, or a line of the model."""
+
+    file: str
+    line: int
+    text: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}" if self.line else self.file
+        return f"{place}   {self.text}" if self.text else place
+
+
+@frozen(kw_only=True)
+class Diagnostic:
+    """One mistake: `what` in a line, `why` with the arithmetic, `fixes` that passed when they were tried.
+
+    `advice` holds what could not be tried here, such as an edit of the model itself.
+    """
+
+    code: str
+    what: str
+    why: str = ""
+    fixes: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
+    locations: tuple[Location, ...] = ()
+    matches: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"error[{self.code}]: {self.what}"]
+        lines += [f"  --> {location}" for location in self.locations]
+        if self.matches:
+            lines.append(f"   = matches {self.matches}")
+        lines += [f"   = why: {line}" for line in self.why.splitlines()]
+        lines += [f"   = fix: {fix}   (checked)" for fix in self.fixes]
+        lines += [f"   = help: {line}" for line in self.advice]
+        return "\n".join(lines)
+
+
+class ShardingError(Exception):
+    """Everything wrong that one stage found; `diagnostics` holds each, `str()` renders them all."""
+
+    def __init__(self, diagnostics: Iterable[Diagnostic]) -> None:
+        self.diagnostics = tuple(diagnostics)
+        super().__init__(self.diagnostics)
+
+    def __str__(self) -> str:
+        count = len(self.diagnostics)
+        tail = f"\n\n{count} errors" if count > 1 else ""
+        return "\n" + "\n\n".join(str(diagnostic) for diagnostic in self.diagnostics) + tail
+
+    def __reduce__(self) -> tuple[type, tuple[tuple[Diagnostic, ...]]]:
+        return type(self), (self.diagnostics,)
+
+
+class DonatedError(RuntimeError):
+    """A state, or a tensor of a state, was used after a step had consumed it."""
+
+
+def refuse(code: str, what: str, **details: object) -> NoReturn:
+    """Raise a `ShardingError` that holds one diagnostic."""
+    raise ShardingError([Diagnostic(code=code, what=what, **details)])  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,304 @@
+"""Run forward again on local shapes, still on meta, and compare it with the typed program op for op.
+
+The typing says what each rank's call must be; this finds the model that makes another one: a head count
+written into a `view`, an `arange` over a local length, a division by a local width.
+"""
+
+import re
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from attrs import define
+from torch import nn
+
+from shardspec.diagnostics import Diagnostic, Location
+from shardspec.infer import TypedGraph, absolute
+from shardspec.layout import Layout
+from shardspec.program import Graph, Node, Program, Ref, Value, substitute, tensors
+from shardspec.rules.operator import Type, named_arguments
+from shardspec.tracing import HostRead, Tracer, distinct, run, tensor_leaves, twin
+
+SILENT = frozenset({"detach", "clone", "contiguous", "alias", "lift_fresh"})
+"""Operators whose presence may differ: they copy or rename."""
+
+VIEWS = frozenset({"view", "_unsafe_view", "reshape"})
+"""Three names of one thing, chosen by strides."""
+
+SHAPED = VIEWS | {
+    "expand", "expand_as", "broadcast_to", "view_as", "flatten", "unflatten", "full", "zeros", "ones", "empty",
+    "new_zeros", "new_ones", "new_full", "new_empty", "split", "split_with_sizes", "chunk",
+}  # fmt: skip
+"""Operators whose integer arguments are sizes: the shapes of their results are compared instead."""
+
+
+@define(eq=False)
+class _Pair:
+    """A typed graph and the local graph that should be its image."""
+
+    typed: TypedGraph
+    local: Graph
+    fqn: str
+
+
+class Replayer(Tracer):
+    """Runs the local program: declared points change shape as planned, verified blocks are skipped."""
+
+    def __init__(self, graph: Program, model: nn.Module, typed: TypedGraph) -> None:
+        super().__init__(graph, model)
+        self.typed = [typed]
+        self.cursor = [0]
+        self.pairs = [_Pair(typed, graph, "")]
+        self.verified: set[int] = set()
+        self.frames[0].params = {}
+        for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+            self.frames[0].params.setdefault(id(tensor), name)
+
+    def _find(self, wanted: Callable[[Node], bool]) -> int | None:
+        """The next node of the typed graph that answers, from where the last one was found."""
+        nodes = self.typed[-1].graph.nodes
+        for position in range(self.cursor[-1], len(nodes)):
+            if wanted(nodes[position]):
+                self.cursor[-1] = position + 1
+                return position
+        return None
+
+    def point(self, names: tuple[str, ...], tensor: torch.Tensor) -> torch.Tensor:
+        position = self._find(lambda node: node.op == "point" and node.func == names)
+        step = self.typed[-1].transitions.get(position) if position is not None else None
+        self.muted = True
+        if step is not None and step.moves:
+            out = torch.empty(step.after.shape, dtype=tensor.dtype, device="meta")
+        else:
+            out = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        self.muted = False
+        return self.append_point(names, tensor, out)
+
+    def block(self, module: nn.Module, fqn: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        relative = fqn[len(self.frame.prefix) :]
+        position = self._find(lambda node: node.op == "block" and node.func.fqn == relative)
+        inner = self.typed[-1].calls.get(position) if position is not None else None
+        if position is None or inner is None:
+            return self.plain(module, fqn, forward, args, kwargs)
+        entered = distinct(tensor_leaves((args, kwargs)))
+        if id(inner) in self.verified:
+            out = self._skip(self.typed[-1].graph.nodes[position], inner)
+        else:
+            self.verified.add(id(inner))
+            self.typed.append(inner)
+            self.cursor.append(0)
+            try:
+                local, entered, out = self.in_block(module, fqn, forward, args, kwargs)
+            finally:
+                self.typed.pop()
+                self.cursor.pop()
+            local.outputs = [ref.index for ref in tensors(self.result_refs)]
+            self.pairs.append(_Pair(inner, local, fqn))
+        return self.append_block(self.typed[-1].graph.nodes[position], entered, out)
+
+    def append_block(self, node: Node, entered: list[torch.Tensor], out: Any) -> Any:
+        """Append the image of a block's call."""
+        args = tuple(Ref(self.value_of(tensor)) for tensor in entered)
+        outputs = tuple(
+            self.enter(tensor, Value(tuple(tensor.shape), tensor.dtype)) for tensor in tensor_leaves(out)
+        )
+        self.frame.graph.nodes.append(Node("block", node.func, args, {}, outputs, self.path, node.file, node.line))
+        return out
+
+    def _skip(self, node: Node, inner: TypedGraph) -> Any:
+        """A verified block's results, from its types."""
+        by_output = dict(zip(node.outputs, inner.graph.outputs, strict=True))
+
+        def make(ref: Ref) -> torch.Tensor:
+            index = by_output[ref.index]
+            return torch.empty(inner.layout(index).shape, dtype=inner.graph.values[index].dtype, device="meta")
+
+        self.muted = True
+        try:
+            return substitute(node.nested, make)
+        finally:
+            self.muted = False
+
+
+def local_twin(
+    model: nn.Module, layouts: Mapping[str, Layout], attributes: Mapping[str, Mapping[str, int]]
+) -> nn.Module:
+    """The model with parameters and buffers of a rank's compute shape, on meta, and local attributes."""
+
+    def place(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        local = torch.empty(layouts[name].shape, dtype=tensor.dtype, device="meta")
+        return nn.Parameter(local, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else local
+
+    local = twin(model, place)
+    for path, named in attributes.items():
+        module = local.get_submodule(path)
+        for name, value in named.items():
+            setattr(module, name, value)
+    return local
+
+
+def dry_run(
+    model: nn.Module,
+    typed: TypedGraph,
+    program: Program,
+    layouts: Mapping[str, Layout],
+    attributes: Mapping[str, Mapping[str, int]],
+    inputs: Mapping[str, Any],
+    loss_fn: Callable[..., Any] | None,
+) -> list[Diagnostic]:
+    """SS309 for each place where the local program is not the image of the typed one."""
+    local = local_twin(model, layouts, attributes)
+    image = Program()
+    tracer = Replayer(image, local, typed)
+    tracer.attach()
+    batch: dict[str, Any] = {}
+    for name, item in inputs.items():
+        if not isinstance(item, torch.Tensor):
+            batch[name] = item
+            continue
+        tensor = torch.empty(typed.layout(program.entries[name]).shape, dtype=item.dtype, device="meta")
+        image.entries[name] = tracer.enter(tensor, Value(tuple(tensor.shape), tensor.dtype, name, "entry"))
+        batch[name] = tensor
+    try:
+        run(tracer, local, batch, loss_fn)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, HostRead) as error:
+        found = _compare_all(tracer)
+        return found or [_crash(error)]
+    return _compare_all(tracer)
+
+
+def _compare_all(tracer: Replayer) -> list[Diagnostic]:
+    found: list[Diagnostic] = []
+    for pair in tracer.pairs:
+        first = next(_compare(pair), None)
+        if first is not None:
+            found.append(first)
+    return found
+
+
+def _crash(error: Exception) -> Diagnostic:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not re.search(r"[/\\](torch|shardspec)[/\\]", frame.filename)]
+    frame = frames[-1] if frames else None
+    place = (Location(file=frame.filename, line=frame.lineno or 0, text=frame.line or ""),) if frame else ()
+    return Diagnostic(
+        code="SS309",
+        what="the model fails on a rank's local shapes",
+        why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+        locations=place,
+        advice=("take sizes from the tensors at hand, or name the attribute that holds a global size in attributes=",),
+    )
+
+
+def _effective(graph: Graph) -> tuple[list[tuple[int, Node]], dict[int, int]]:
+    """The nodes that compute or move, and for each value the one that it is another name of."""
+    names: dict[int, int] = {}
+    kept: list[tuple[int, Node]] = []
+    for position, node in enumerate(graph.nodes):
+        if node.op in SILENT and node.args and isinstance(node.args[0], Ref) and node.outputs[0] is not None:
+            source = node.args[0].index
+            names[node.outputs[0]] = names.get(source, source)
+        else:
+            kept.append((position, node))
+    return kept, names
+
+
+def _compare(pair: _Pair) -> Iterator[Diagnostic]:
+    whole, whole_names = _effective(pair.typed.graph)
+    part, part_names = _effective(pair.local)
+    image = dict(zip(pair.typed.graph.inputs, pair.local.inputs, strict=False))
+    for name, index in pair.typed.graph.params.items():
+        if name in pair.local.params:
+            image[index] = pair.local.params[name]
+    if isinstance(pair.typed.graph, Program) and isinstance(pair.local, Program):
+        image.update({index: pair.local.entries[name] for name, index in pair.typed.graph.entries.items()})
+    for (position, node), (_, other) in zip(whole, part, strict=False):
+        problem = _differs(pair, position, node, other, image, whole_names, part_names)
+        if problem:
+            yield _mismatch(pair, node, other, problem)
+            return
+        for one, two in zip(node.outputs, other.outputs, strict=False):
+            if one is not None and two is not None:
+                image[one] = two
+    if len(whole) != len(part):
+        extra = whole[len(part)][1] if len(whole) > len(part) else part[len(whole)][1]
+        who = "whole" if len(whole) > len(part) else "local"
+        yield _mismatch(pair, extra, extra, f"only the {who} program runs {extra.op} here")
+
+
+def _mismatch(pair: _Pair, node: Node, other: Node, problem: str) -> Diagnostic:
+    path = absolute(pair.fqn, node.path) or "the model"
+    return Diagnostic(
+        code="SS309",
+        what=f"{path} does not compute its part on a rank: {problem.splitlines()[0]}",
+        why="\n".join(problem.splitlines()[1:]) or "run on local shapes, forward must do what it does on the whole, part by part",
+        locations=(other.location,),
+        advice=("take sizes from the tensors at hand, or name the attribute that holds a global size in attributes=",),
+    )
+
+
+def _differs(
+    pair: _Pair,
+    position: int,
+    node: Node,
+    other: Node,
+    image: dict[int, int],
+    whole_names: dict[int, int],
+    part_names: dict[int, int],
+) -> str:
+    """What is wrong with a local operation, or nothing."""
+    if node.op != other.op and not (node.op in VIEWS and other.op in VIEWS):
+        return f"it runs {other.op} where the whole runs {node.op}"
+    if node.op == "point" and node.func != other.func:
+        return f"it passes {other.func[0]} where the whole passes {node.func[0]}"
+    refs = tensors(node.args) + tensors(node.kwargs)
+    others = tensors(other.args) + tensors(other.kwargs)
+    if len(refs) != len(others):
+        return f"{node.op} reads {len(others)} tensors, and {len(refs)} on the whole"
+    typed, local = pair.typed, pair.local
+    for number, (one, two) in enumerate(zip(refs, others, strict=True)):
+        index = whole_names.get(one.index, one.index)
+        found = part_names.get(two.index, two.index)
+        if image.setdefault(index, found) != found:
+            return f"{node.op} reads another value as operand {number}"
+        read = typed.consumed.get(position)
+        if read is not None:
+            problem = _shape_problem(read[number], local.values[two.index].shape, f"operand {number} of {node.op}")
+            if problem:
+                return problem
+    for one, two in zip(node.outputs, other.outputs, strict=False):
+        if one is None or two is None or typed.types[one] is None:
+            continue
+        kind = typed.types[one]
+        assert kind is not None
+        problem = _shape_problem(kind, local.values[two].shape, f"the result of {node.op}")
+        if problem:
+            return problem
+    return "" if node.op in ("point", "block") or node.op in SHAPED else _argument_problem(pair, position, node, other)
+
+
+def _shape_problem(kind: Type, shape: tuple[int, ...], what: str) -> str:
+    wanted = kind.layout.shape
+    if len(shape) == len(wanted) and all(
+        index in kind.uniform or one == two for index, (one, two) in enumerate(zip(wanted, shape, strict=True))
+    ):
+        return ""
+    return f"{what} has shape {shape} on a rank\nits layout is {kind.layout}, of which a rank's part is {wanted}"
+
+
+def _argument_problem(pair: _Pair, position: int, node: Node, other: Node) -> str:
+    expected = pair.typed.local.get(position, {})
+    mine, theirs = named_arguments(node), named_arguments(other)
+    for name, value in mine.items():
+        if tensors(value) or expected.get(name) is ... or name in ("device", "pin_memory", "memory_format", "layout"):
+            continue
+        wanted = expected.get(name, value)
+        if name == "start" and node.op == "slice" and wanted == (value or 0) and theirs.get(name) in (None, 0, wanted):
+            continue
+        if theirs.get(name) != wanted:
+            return (
+                f"{node.op} is called with {name}={theirs.get(name)!r}, and the rank's part needs {wanted!r}\n"
+                f"on the whole it is called with {value!r}: the number was taken from a local size, or should have been"
+            )
+    return ""
+

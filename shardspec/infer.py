@@ -1,0 +1,361 @@
+"""Type a program: a layout for every value, a transition for every declared point, or the reason why not."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from attrs import define, field, frozen
+
+from shardspec.diagnostics import Diagnostic, Location
+from shardspec.layout import Layout, Sizes
+from shardspec.moves import Move, NoTransition, transition
+from shardspec.program import Block, BlockCall, Graph, Node, Program, Ref, tensors
+from shardspec.rules.match import Entry, ParamClaim, fold
+from shardspec.rules.operator import RULES, Call, Refusal, Type, Typed, all_replicated, as_replicated
+from shardspec.rules.pointwise import is_pointwise, pointwise
+
+LayoutOf = Callable[[Entry, str, tuple[int, ...]], Layout | None]
+
+
+@frozen(eq=False)
+class Transition:
+    """What a declared point does: the layouts on both sides and the moves between them."""
+
+    entry: Entry
+    before: Layout
+    after: Layout
+    moves: tuple[Move, ...]
+
+
+@define(eq=False)
+class TypedGraph:
+    """A graph with a type for each value, as one table and mesh give it."""
+
+    graph: Graph
+    fqn: str
+    """Where it was typed: the block's FQN, or "" for the program."""
+    types: list[Type | None]
+    consumed: dict[int, tuple[Type, ...]] = field(factory=dict)
+    """Node -> what its operands were read as."""
+    local: dict[int, dict[str, Any]] = field(factory=dict)
+    lowering: dict[int, str] = field(factory=dict)
+    transitions: dict[int, Transition] = field(factory=dict)
+    calls: dict[int, "TypedGraph"] = field(factory=dict)
+    names: dict[int, str] = field(factory=dict)
+    """Point's node -> the name, relative to the graph, under which a rule claims it."""
+    live: dict[tuple[bool, ...], set[int]] = field(factory=dict)
+    """Which inputs want a gradient -> the values that one reaches."""
+
+    def layout(self, index: int) -> Layout:
+        """A value's layout."""
+        found = self.types[index]
+        assert found is not None, "an untyped value has no layout"
+        return found.layout
+
+
+@frozen(eq=False)
+class Issue:
+    """A refusal with the place where it happened."""
+
+    typed: TypedGraph
+    node: int
+    fqn: str
+    refusal: Refusal
+    trail: tuple["Stop", ...] = ()
+    """The points that the refused operands came through."""
+
+
+@frozen(eq=False)
+class Stop:
+    """A point on the way to a refused operand: a place for a rule, or the rule that stands there."""
+
+    name: str
+    layout: Layout
+    shape: tuple[int, ...]
+    entry: Entry | None
+
+
+def absolute(fqn: str, relative: str) -> str:
+    """A name relative to a block, in full."""
+    if not fqn:
+        return relative
+    if not relative or relative.startswith(":"):
+        return fqn + relative
+    return f"{fqn}.{relative}"
+
+
+@define(eq=False)
+class Inference:
+    """The typing of one program under one table and one mesh."""
+
+    sizes: Sizes
+    params: dict[str, ParamClaim]
+    points: dict[str, Entry]
+    """Activation's name -> the rule that claims it."""
+    layout_of: LayoutOf
+    issues: list[Issue] = field(factory=list)
+    memo: dict[Any, tuple[TypedGraph, tuple[Type | None, ...]]] = field(factory=dict)
+    stack: list[tuple[TypedGraph, int]] = field(factory=list)
+
+    def program(self, program: Program) -> TypedGraph:
+        """Type the whole program; `issues` holds what was refused."""
+        typed = TypedGraph(program, "", [None] * len(program.values))
+        for name, index in program.entries.items():
+            value = program.values[index]
+            entry = self.points.get(name)
+            layout = self.layout_of(entry, name, value.shape) if entry else None
+            typed.types[index] = Type(layout) if layout else None
+        self._body(typed, "")
+        return typed
+
+    def _body(self, typed: TypedGraph, fqn: str) -> None:
+        graph = typed.graph
+        for name, index in graph.params.items():
+            claim = self.params.get(absolute(fqn, name))
+            typed.types[index] = Type(claim.layout) if claim else None
+        for index, value in enumerate(graph.values):
+            if value.kind == "constant":
+                typed.types[index] = Type(Layout(tuple((length,) if length != 1 else () for length in value.shape)))
+        for position, node in enumerate(graph.nodes):
+            self._node(typed, position, node, fqn)
+
+    def _node(self, typed: TypedGraph, position: int, node: Node, fqn: str) -> None:
+        if node.op == "point":
+            self._point(typed, position, node, fqn)
+        elif node.op == "block":
+            self._block(typed, position, node, fqn)
+        else:
+            self._operator(typed, position, node, fqn)
+
+    def _operator(self, typed: TypedGraph, position: int, node: Node, fqn: str) -> None:
+        refs = tuple(tensors(node.args) + tensors(node.kwargs))
+        kinds = [typed.types[ref.index] for ref in refs]
+        known = tuple(kind for kind in kinds if kind is not None)
+        if len(known) < len(kinds):
+            return
+        call = Call(node, typed.graph.values, known, self.sizes, refs)
+        try:
+            answer = type_operator(call)
+        except Refusal as refusal:
+            self._refuse(typed, position, fqn, refusal, refs)
+            return
+        typed.consumed[position] = answer.consumed
+        if answer.local:
+            typed.local[position] = answer.local
+        if answer.lowering:
+            typed.lowering[position] = answer.lowering
+        for index, kind in zip((i for i in node.outputs if i is not None), answer.outputs, strict=True):
+            typed.types[index] = kind
+
+    def _point(self, typed: TypedGraph, position: int, node: Node, fqn: str) -> None:
+        source, target = node.args[0].index, node.outputs[0]
+        assert target is not None
+        kind = typed.types[source]
+        name, entry = self._claim(node, fqn)
+        if entry is None:
+            typed.types[target] = kind
+            return
+        after = self.layout_of(entry, absolute(fqn, name), typed.graph.values[target].shape)
+        if after is None:
+            return
+        typed.types[target] = Type(after)
+        typed.names[position] = name
+        if kind is None:
+            return
+        before = kind.layout
+        if kind.uniform and not before.pending:
+            # A constant filling takes the declared layout where it stands.
+            dims = [after.dims[i] if i in kind.uniform else dim for i, dim in enumerate(before.dims)]
+            before = Layout(tuple(dims), before.pending)
+        try:
+            moves = transition(before, after, self.sizes)
+        except NoTransition as error:
+            refusal = Refusal("SS306", f"{absolute(fqn, name)} cannot become {entry.rule.value}", why=str(error))
+            self._refuse(typed, position, fqn, refusal, (node.args[0],))
+            return
+        typed.consumed[position] = (Type(before),)
+        typed.transitions[position] = Transition(entry, before, after, moves)
+
+    def _claim(self, node: Node, fqn: str) -> tuple[str, Entry | None]:
+        for name in node.func:
+            entry = self.points.get(absolute(fqn, name))
+            if entry is not None:
+                return name, entry
+        return node.func[0], None
+
+    def _block(self, typed: TypedGraph, position: int, node: Node, fqn: str) -> None:
+        call: BlockCall = node.func
+        block, inner_fqn = call.block, absolute(fqn, call.fqn)
+        inputs = tuple(typed.types[ref.index] for ref in node.args)
+        key = (id(block), inputs, self._block_key(block, inner_fqn))
+        if key not in self.memo:
+            inner = TypedGraph(block, inner_fqn, [None] * len(block.values))
+            for index, kind in zip(block.inputs, inputs, strict=True):
+                inner.types[index] = kind
+            self.stack.append((typed, position))
+            self._body(inner, inner_fqn)
+            self.stack.pop()
+            self.memo[key] = (inner, tuple(inner.types[index] for index in block.outputs))
+        inner, outputs = self.memo[key]
+        typed.calls[position] = inner
+        for index, kind in zip(node.outputs, outputs, strict=True):
+            if index is not None:
+                typed.types[index] = kind
+
+    def _block_key(self, block: Block, fqn: str) -> tuple[Any, ...]:
+        """What the table says of a block: its parameters' layouts and the rules at its points."""
+        key: list[Any] = []
+        for name in block.params:
+            claim = self.params.get(absolute(fqn, name))
+            key.append(claim and (claim.layout, claim.storage))
+        for node in block.nodes:
+            if node.op == "point":
+                entry = self._claim(node, fqn)[1]
+                key.append(id(entry) if entry else 0)
+            elif node.op == "block":
+                key.append(self._block_key(node.func.block, absolute(fqn, node.func.fqn)))
+        return tuple(key)
+
+    def _refuse(
+        self,
+        typed: TypedGraph,
+        position: int,
+        fqn: str,
+        refusal: Refusal,
+        refs: Sequence[Ref],
+    ) -> None:
+        stops: list[Stop] = []
+        chosen = refusal.operands or range(len(refs))
+        for operand in dict.fromkeys(chosen):
+            if operand < len(refs):
+                stops += self.trail(typed, position, refs[operand].index, fqn)
+        self.issues.append(Issue(typed, position, fqn, refusal, tuple(stops)))
+
+    def trail(self, typed: TypedGraph, position: int, index: int, fqn: str) -> Iterator[Stop]:
+        """The points and parameters that a value came through, nearest first."""
+        frames = [*self.stack, (typed, position)]
+        yield from self._trail(frames, index, fqn, set(), 0)
+
+    def _trail(
+        self, frames: list[tuple[TypedGraph, int]], index: int, fqn: str, seen: set[tuple[int, int]], depth: int
+    ) -> Iterator[Stop]:
+        typed, _ = frames[-1]
+        graph = typed.graph
+        if (id(typed), index) in seen or depth > 60:
+            return
+        seen.add((id(typed), index))
+        value = graph.values[index]
+        if value.kind in ("param", "buffer", "entry"):
+            name = absolute(fqn, value.name)
+            claim = self.params.get(name)
+            entry = claim.entry if claim else self.points.get(name)
+            kind = typed.types[index]
+            if entry is not None and kind is not None:
+                yield Stop(name, kind.layout, value.shape, entry)
+            return
+        if index in graph.inputs and len(frames) > 1:
+            outer, position = frames[-2]
+            source = outer.graph.nodes[position].args[graph.inputs.index(index)].index
+            yield from self._trail(frames[:-1], source, outer.fqn, seen, depth + 1)
+            return
+        node_at = producer(graph, index)
+        if node_at is None:
+            return
+        node = graph.nodes[node_at]
+        if node.op == "point":
+            kind = typed.types[node.args[0].index]
+            name, entry = self._claim(node, fqn)
+            if kind is not None:
+                yield Stop(absolute(fqn, name), kind.layout, value.shape, entry)
+            if entry is not None:
+                return
+        for ref in dict.fromkeys(tensors(node.args) + tensors(node.kwargs)):
+            yield from self._trail(frames, ref.index, fqn, seen, depth + 1)
+
+
+def producer(graph: Graph, index: int) -> int | None:
+    """The node that makes a value."""
+    return next((at for at, node in enumerate(graph.nodes) if index in node.outputs), None)
+
+
+def type_operator(call: Call) -> Typed:
+    """Type one operator by its rule; without one, only what is replicated everywhere passes.
+
+    Raises:
+        Refusal: by the rule, or SS305 where there is none.
+    """
+    if all_replicated(call) and not any(kind.uniform for kind in call.types):
+        # Every rank computes the same: true of any operator that draws no random numbers.
+        if _is_random(call.node):
+            raise _random_refusal(call)
+        if call.node.func not in RULES or not _is_view_or_fill(call):
+            return as_replicated(call)
+    found = RULES.get(call.node.func)
+    if found is not None:
+        return found(call)
+    if _is_random(call.node):
+        raise _random_refusal(call)
+    if is_pointwise(call.node.func):
+        return pointwise(call)
+    raise Refusal(
+        "SS305",
+        f"no rule is known for {call.node.func}",
+        why="an operator without a rule may only read values that are replicated and complete on every axis",
+        operands=tuple(i for i, kind in enumerate(call.types) if kind.layout.sharded or kind.layout.pending),
+        axis=next((a for kind in call.types for a in (*kind.layout.sharded, *(p[0] for p in kind.layout.pending))), ""),
+    )
+
+
+def _is_view_or_fill(call: Call) -> bool:
+    return not call.types or call.node.op in ("expand", "broadcast_to", "expand_as", "slice", "narrow", "split", "chunk")
+
+
+def _is_random(node: Node) -> bool:
+    import torch
+
+    tags = getattr(node.func, "tags", ())
+    if node.op in ("dropout", "alpha_dropout", "feature_dropout"):
+        return bool(node.args[1]) and bool(node.args[2])
+    return torch.Tag.nondeterministic_seeded in tags and node.op not in ("dropout", "scaled_dot_product_attention")
+
+
+def _random_refusal(call: Call) -> Refusal:
+    return Refusal(
+        "SS312",
+        f"{call.node.op} draws random numbers",
+        why="on a mesh they must agree on replicas and differ on shards, which the runtime does not key yet",
+        advice=("call model.eval(), or set the probability to 0",),
+    )
+
+
+def model_location(issue: Issue) -> Location:
+    """The model's line of a refused operation."""
+    return issue.typed.graph.nodes[issue.node].location
+
+
+def spec_text(layout: Layout, shape: Sequence[int], known: dict[str, int], prefer: Sequence[str] = ()) -> str | None:
+    """A spec for a layout, with names of factors that have the dims' sizes; None where no name fits."""
+    parts: list[str] = []
+    used: set[str] = set()
+    for position, (dim, length) in enumerate(zip(layout.dims, shape, strict=True)):
+        axes = [digit for digit in dim if isinstance(digit, str)]
+        if list(dim[: len(axes)]) != axes:
+            return None
+        names = [prefer[position]] if position < len(prefer) and known.get(prefer[position]) == length else []
+        names += [name for name, size in known.items() if size == length and name not in used]
+        if not names:
+            return None
+        used.add(names[0])
+        mark = "" if not axes else f"@{axes[0]}" if len(axes) == 1 else f"@({','.join(axes)})"
+        parts.append(names[0] + mark)
+    parts += [f"+{axis}" for axis, _ in layout.pending]
+    return " ".join(parts)
+
+
+def group_issues(issues: Sequence[Issue]) -> list[list[Issue]]:
+    """Issues with one cause together: the same line, code and folded path."""
+    groups: dict[Any, list[Issue]] = {}
+    for issue in issues:
+        node = issue.typed.graph.nodes[issue.node]
+        key = (issue.refusal.code, issue.refusal.what, node.file, node.line, fold(issue.fqn))
+        groups.setdefault(key, []).append(issue)
+    return list(groups.values())

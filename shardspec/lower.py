@@ -1,0 +1,353 @@
+"""From a typed program to a plan: parameters, points, collectives, units."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
+from typing import Any
+
+from attrs import evolve
+
+from shardspec.cotangent import Backward
+from shardspec.diagnostics import Diagnostic, Location
+from shardspec.infer import TypedGraph, absolute
+from shardspec.layout import Layout, dim_axes
+from shardspec.mesh import AXES, Mesh, degree
+from shardspec.moves import Move
+from shardspec.plan import ActivationPlan, Collective, LossPlan, ParamPlan, PointPlan, Substitution, UnitPlan
+from shardspec.placement import stored_shape
+from shardspec.program import Ref, tensors
+from shardspec.rules.match import fold
+from shardspec.stages import Claims, Survey, TypedProgram
+
+
+def in_order(axes: Any) -> tuple[str, ...]:
+    """Axes in mesh order."""
+    return tuple(axis for axis in AXES if axis in axes)
+
+
+def owed_axes(typed: TypedProgram) -> tuple[dict[str, frozenset[str]], list[Diagnostic]]:
+    """First name of a parameter -> the axes over which its gradient is a pending sum; SS307 where its uses differ."""
+    found: dict[str, dict[str, frozenset[str]]] = {}
+    for fqn, graph, back in calls(typed.forward, typed.backward, ""):
+        if back is None:
+            continue
+        for name, index in graph.graph.params.items():
+            if index in back.owed:
+                full = absolute(fqn, name)
+                found.setdefault(full, {})[fqn] = back.owed[index]
+    owed: dict[str, frozenset[str]] = {}
+    problems: list[Diagnostic] = []
+    for name, uses in found.items():
+        kinds = set(uses.values())
+        owed[name] = next(iter(kinds))
+        if len(kinds) > 1:
+            differ = sorted(frozenset.union(*kinds) - frozenset.intersection(*kinds))
+            problems.append(
+                Diagnostic(
+                    code="SS307",
+                    what=f"the gradient of {name} is owed over {', '.join(differ)} by some of its uses only",
+                    why="a sum over ranks would count the complete uses several times",
+                    locations=(typed.claims.params[name].entry.location,),
+                )
+            )
+    return owed, problems
+
+
+def calls(typed: TypedGraph, back: Backward | None, fqn: str) -> Iterator[tuple[str, TypedGraph, Backward | None]]:
+    """Every graph as it is called: its FQN, its types, its backward."""
+    yield fqn, typed, back
+    for position, inner in typed.calls.items():
+        call = typed.graph.nodes[position].func
+        inside = back.calls.get(position) if back else None
+        yield from calls(inner, inside, absolute(fqn, call.fqn))
+
+
+def lower_params(
+    typed: TypedProgram, names: Survey, owed: Mapping[str, frozenset[str]], units: tuple[UnitPlan, ...]
+) -> dict[str, ParamPlan]:
+    """A plan for every parameter and buffer."""
+    mesh = typed.mesh
+    origin = dict.fromkeys(mesh.axes, 0)
+    unit_of = {name: unit.name for unit in units for name in unit.params}
+    plans: dict[str, ParamPlan] = {}
+    for name, claim in typed.claims.params.items():
+        known = names.parameters[name]
+        plan = ParamPlan(
+            spec=str(claim.entry.rule.value),
+            rule=claim.entry.rule.pattern,
+            layout=claim.layout,
+            shape=claim.shape,
+            local_shape=(),
+            dtype=str(claim.dtype).removeprefix("torch."),
+            storage_dim=claim.storage.dim,
+            storage=claim.storage.axes,
+            owed=in_order(owed.get(known.first, ())),
+            trained=claim.requires_grad,
+            buffer=claim.is_buffer,
+            persistent=known.persistent,
+            first=known.first,
+            unit=unit_of.get(known.first, ""),
+            mesh_sizes=mesh.shape,
+        )
+        plans[name] = evolve(plan, local_shape=stored_shape(plan, {**dict.fromkeys(AXES, 0), **origin}, mesh))
+    return plans
+
+
+def check_storage(params: Mapping[str, ParamPlan], claims: Claims) -> Iterator[Diagnostic]:
+    """SS308 for storage over an axis on which the gradient is already complete."""
+    seen: set[tuple[str, str]] = set()
+    for name, plan in params.items():
+        if plan.buffer and plan.storage:
+            yield Diagnostic(
+                code="SS209",
+                what=f"the buffer {name} is stored over {plan.storage[0]}",
+                why="only parameters are gathered before they are used",
+                locations=(claims.params[name].entry.location,),
+            )
+        if not plan.trained or plan.buffer or not plan.owed and not plan.storage:
+            continue
+        for axis in plan.storage:
+            if axis not in plan.owed and (plan.rule, axis) not in seen and plan.owed:
+                seen.add((plan.rule, axis))
+                yield Diagnostic(
+                    code="SS308",
+                    what=f"{name} is stored over {axis}, and its gradient is complete there",
+                    why=f"its gradient would be summed over {axis}, where every rank already holds the whole of it",
+                    locations=(claims.params[name].entry.location,),
+                    advice=(f"take {axis} off the rule, or lay what it is used with over {axis}",),
+                )
+
+
+def lower_points(typed: TypedProgram) -> dict[str, PointPlan]:
+    """Name -> what the runtime does there, for the points that do anything."""
+    points: dict[str, PointPlan] = {}
+    for fqn, graph, back in calls(typed.forward, typed.backward, ""):
+        for position, step in graph.transitions.items():
+            name = absolute(fqn, graph.names[position])
+            backward = back.moves.get(position, ()) if back else ()
+            if step.moves or backward:
+                points[name] = PointPlan(name=name, forward=step.moves, backward=backward)
+    return points
+
+
+def point_collectives(typed: TypedProgram) -> Iterator[Collective]:
+    """The collectives of declared points, forward and backward."""
+    sizes = typed.mesh.shape
+    for fqn, graph, back in calls(typed.forward, typed.backward, ""):
+        for position, step in graph.transitions.items():
+            node = graph.graph.nodes[position]
+            value = graph.graph.values[node.args[0].index]
+            name = fold(absolute(fqn, graph.names[position]))
+            phases = [("forward", step.moves), ("backward", back.moves.get(position, ()) if back else ())]
+            for phase, moves in phases:
+                for move in moves:
+                    if move.is_collective:
+                        size = move.elements(sizes) * value.dtype.itemsize
+                        yield Collective(
+                            kind=move.kind, axes=(move.axis,), where=name, phase=phase, count=1, bytes=size,
+                            why=step.entry.rule.pattern,
+                        )
+
+
+def unit_collectives(params: Mapping[str, ParamPlan], units: tuple[UnitPlan, ...], mesh: Mesh, last: str) -> Iterator[Collective]:
+    """What FSDP2 moves: gather forward, gather again backward (not the root, nor the last unit), scatter gradients."""
+    for unit in units:
+        stored = [params[name] for name in unit.params if params[name].storage]
+        if not stored:
+            continue
+        axes = stored[0].storage
+        where = fold(unit.name) or "(root)"
+        whole = [_padded(plan, mesh) * _itemsize(plan.dtype) for plan in stored]
+        gathered = sum(whole)
+        common = {"axes": in_order(axes), "where": where, "count": 1}
+        yield Collective(kind="all_gather", phase="forward", bytes=gathered, why="parameters", **common)
+        if unit.name not in ("", last):
+            yield Collective(kind="all_gather", phase="backward", bytes=gathered, why="parameters", **common)
+        trained = sum(size for size, plan in zip(whole, stored, strict=True) if plan.trained)
+        if trained:
+            yield Collective(kind="reduce_scatter", phase="backward", bytes=trained, why="gradients", **common)
+            if mesh["dp"] > 1:
+                share = trained // degree(mesh, axes)
+                yield Collective(kind="all_reduce", phase="backward", bytes=share, why="gradients", **{**common, "axes": ("dp",)})
+
+
+def _padded(plan: ParamPlan, mesh: Mesh) -> int:
+    """Elements of the gathered parameter, its rows padded so that every rank sends the same number."""
+    shape = list(plan.layout.shape)
+    share = degree(mesh, plan.storage)
+    shape[plan.storage_dim] = -(-shape[plan.storage_dim] // share) * share
+    return prod(shape)
+
+
+def _itemsize(dtype: str) -> int:
+    import torch
+
+    return getattr(torch, dtype).itemsize
+
+
+def reduced_by_hand(plan: ParamPlan) -> tuple[str, ...]:
+    """The axes of the all-reduce that a step does itself: what FSDP2 does not reduce."""
+    if not plan.trained or plan.buffer:
+        return ()
+    done = {*plan.storage, "dp"} if plan.storage else set()
+    return tuple(axis for axis in plan.owed if axis not in done)
+
+
+def step_collectives(params: Mapping[str, ParamPlan], mesh: Mesh, loss: LossPlan | None) -> Iterator[Collective]:
+    """One coalesced all-reduce for each set of axes that parameters owe, and one for the loss and the norm."""
+    groups: Counter[tuple[tuple[str, ...], str]] = Counter()
+    for name, plan in params.items():
+        axes = reduced_by_hand(plan)
+        if axes and plan.first == name:
+            groups[(axes, plan.dtype)] += prod(plan.local_shape) * _itemsize(plan.dtype)
+    for (axes, dtype), size in groups.items():
+        yield Collective(kind="all_reduce", axes=axes, where="gradients", phase="step", count=1, bytes=size, why=f"owed, {dtype}")
+    if loss is not None and mesh.world > 1:
+        yield Collective(
+            kind="all_reduce", axes=mesh.axes, where="loss", phase="step", count=1, bytes=3 * 8,
+            why="loss, weight and squared norm",
+        )
+
+
+def substitutions(typed: TypedProgram) -> Iterator[Substitution]:
+    """The calls whose local form is another one."""
+    for fqn, graph, _ in calls(typed.forward, typed.backward, ""):
+        counts: Counter[tuple[str, str]] = Counter()
+        for position, node in enumerate(graph.graph.nodes):
+            function = node.op if node.op in ("embedding", "cross_entropy") else ""
+            if not function:
+                continue
+            path = absolute(fqn, node.path) if node.path != "loss" else "loss"
+            ordinal = counts[(path, function)]
+            counts[(path, function)] += 1
+            if position in graph.lowering:
+                refs = tensors(node.args)
+                dim = 0 if function == "embedding" else len(graph.graph.values[refs[0].index].shape) - 1
+                layout = graph.consumed[position][0].layout
+                yield Substitution(
+                    path=path, function=function, axes=dim_axes(layout.dims[dim]), ordinal=ordinal,
+                    size=graph.graph.values[refs[0].index].shape[dim],
+                )
+
+
+def substitution_collectives(typed: TypedProgram) -> Iterator[Collective]:
+    """Vocabulary-parallel cross-entropy: a maximum, and one sum for normaliser and picked logit."""
+    for _, graph, _ in calls(typed.forward, typed.backward, ""):
+        for position, lowering in graph.lowering.items():
+            if lowering != "cross_entropy":
+                continue
+            labels = graph.consumed[position][1].layout
+            logits = graph.consumed[position][0].layout
+            out = graph.graph.values[graph.graph.nodes[position].outputs[0] or 0]
+            rows = prod(labels.shape) * out.dtype.itemsize
+            axes = dim_axes(logits.dims[-1])
+            yield Collective(kind="all_reduce", axes=axes, where="loss", phase="forward", count=1, bytes=rows, why="maximum")
+            yield Collective(
+                kind="all_reduce", axes=axes, where="loss", phase="forward", count=1, bytes=2 * rows, why="normaliser and picked logit"
+            )
+
+
+def folded_collectives(found: Iterable[Collective]) -> tuple[Collective, ...]:
+    """Equal collectives as one row with their count."""
+    rows: dict[Collective, int] = {}
+    for row in found:
+        key = evolve(row, count=1)
+        rows[key] = rows.get(key, 0) + row.count
+    return tuple(evolve(row, count=count) for row, count in rows.items())
+
+
+def lower_activations(typed: TypedProgram) -> tuple[dict[str, ActivationPlan], dict[str, ActivationPlan]]:
+    """Every boundary with its layout, declared or inferred; and the batch entries."""
+    entries: dict[str, ActivationPlan] = {}
+    program, points = typed.program, typed.claims.points
+    for name, index in program.entries.items():
+        value = program.values[index]
+        entries[name] = ActivationPlan(
+            name=name, layout=typed.forward.layout(index), rule=points[name].rule.pattern,
+            dtype=str(value.dtype).removeprefix("torch."),
+        )
+    found: dict[str, ActivationPlan] = dict(entries)
+    for fqn, graph, _ in calls(typed.forward, typed.backward, ""):
+        for position, node in enumerate(graph.graph.nodes):
+            if node.op != "point":
+                continue
+            target = node.outputs[0]
+            assert target is not None
+            step = graph.transitions.get(position)
+            name = absolute(fqn, graph.names.get(position, node.func[0]))
+            found[name] = ActivationPlan(
+                name=name,
+                layout=graph.layout(target),
+                rule=step.entry.rule.pattern if step else "",
+                before=step.before if step and step.before != step.after else None,
+                dtype=str(graph.graph.values[target].dtype).removeprefix("torch."),
+            )
+    return found, entries
+
+
+def lower_loss(typed: TypedProgram) -> tuple[LossPlan | None, list[Diagnostic]]:
+    """The axes over which the loss and its weight are pending; SS310 for a result of any other kind."""
+    nodes = typed.program.nodes[typed.program.forward_nodes :]
+    location = nodes[-1].location if nodes else None
+    result = typed.program.result
+    if not (isinstance(result, (tuple, list)) and len(result) == 2):
+        return None, [_bad_loss(f"the loss returned {_kind(result)}", location)]
+    found: list[tuple[str, ...]] = []
+    problems: list[Diagnostic] = []
+    for what, item in zip(("sum", "weight"), result, strict=True):
+        if isinstance(item, (int, float)):
+            found.append(())
+            continue
+        if not isinstance(item, Ref):
+            problems.append(_bad_loss(f"the loss's {what} is {_kind(item)}", location))
+            continue
+        value = typed.program.values[item.index]
+        kind = typed.forward.types[item.index]
+        if value.shape != ():
+            problems.append(_bad_loss(f"the loss's {what} has shape {value.shape}, not ()", location))
+        elif kind is not None and any(way != "sum" for _, way in kind.layout.pending):
+            axis, way = next(pair for pair in kind.layout.pending if pair[1] != "sum")
+            problems.append(
+                _bad_loss(
+                    f"the loss's {what} is pending {way} over {axis}", location,
+                    why="ranks may hold different numbers of tokens, so that a mean of means is not the mean",
+                )
+            )
+        elif kind is not None:
+            found.append(in_order({axis for axis, _ in kind.layout.pending}))
+    if problems:
+        return None, problems
+    return LossPlan(sum_axes=found[0], weight_axes=found[1]), []
+
+
+def _kind(item: Any) -> str:
+    return f"a {type(item).__name__}" if not isinstance(item, (tuple, list)) else f"{len(item)} values"
+
+
+def _bad_loss(what: str, location: Location | None, why: str = "") -> Diagnostic:
+    return Diagnostic(
+        code="SS310",
+        what=what,
+        why=why or "a loss returns (sum, weight): two scalars over this rank's part",
+        locations=(location,) if location else (),
+        advice=("return ss.cross_entropy(output, batch[...]), or a sum and the count it is over",),
+    )
+
+
+def output_layouts(typed: TypedProgram) -> tuple[Layout, ...]:
+    """The layouts of forward's outputs."""
+    return tuple(typed.forward.layout(index) for index in typed.program.outputs if typed.forward.types[index] is not None)
+
+
+
+def last_unit(typed: TypedProgram, units: tuple[UnitPlan, ...]) -> str:
+    """The unit whose modules run last: its backward comes at once, so that it stays gathered."""
+    home = {module: unit.name for unit in units for module in unit.modules}
+    for node in reversed(typed.program.nodes[: typed.program.forward_nodes]):
+        path = node.func.fqn if node.op == "block" else node.func[0] if node.op == "point" else node.path
+        path = path.partition(":")[0]
+        while path and path not in home:
+            path = path.rpartition(".")[0]
+        if path:
+            return home[path]
+    return ""

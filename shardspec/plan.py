@@ -1,0 +1,182 @@
+"""The plan: what a table comes to on one mesh. Frozen values only; the runtime reads nothing else."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+from attrs import field, frozen
+
+from shardspec.layout import Layout
+from shardspec.mesh import Mesh
+from shardspec.moves import Move
+
+VERSION = 1
+
+
+@frozen(kw_only=True)
+class ParamPlan:
+    """One parameter or buffer on one rank."""
+
+    spec: str
+    rule: str
+    """The pattern that claims it."""
+    layout: Layout
+    """As compute reads it."""
+    shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    """What rank 0 stores; other ranks may store less where the storage is uneven."""
+    dtype: str
+    storage_dim: int = 0
+    storage: tuple[str, ...] = ()
+    """The axes that divide how it is stored, major to minor."""
+    owed: tuple[str, ...] = ()
+    """The axes over which its gradient is summed."""
+    trained: bool = True
+    buffer: bool = False
+    persistent: bool = True
+    first: str = ""
+    """The name that the tensor goes by: another one where it is tied."""
+    unit: str = ""
+    stage: int = 0
+    mesh_sizes: Mapping[str, int] = field(factory=dict)
+    """The mesh's axes larger than one, in mesh order."""
+
+    @property
+    def placements(self) -> tuple[Any, ...]:
+        """A DTensor placement for each mesh axis larger than one, in mesh order."""
+        from shardspec.placement import placements_of
+
+        return placements_of(self)
+
+
+@frozen(kw_only=True)
+class ActivationPlan:
+    """A value at a module's boundary or a batch entry."""
+
+    name: str
+    layout: Layout
+    rule: str = ""
+    """The pattern that declares it; empty where the layout was inferred."""
+    before: Layout | None = None
+    """What was inferred, where the rule changes it."""
+    dtype: str = ""
+
+
+@frozen(kw_only=True)
+class Collective:
+    """Collectives of one kind at one place, over a step.
+
+    `bytes` is the length of one message: of the whole that a gather makes or a scatter takes, of the tensor
+    for an all-reduce or an all-to-all. `count` says how many such messages a step sends.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    where: str
+    phase: str
+    """"forward", "backward" or "step"."""
+    count: int
+    bytes: int
+    why: str = ""
+    """The rule, or what it is for."""
+
+    @property
+    def total_bytes(self) -> int:
+        return self.count * self.bytes
+
+
+@frozen(kw_only=True)
+class PointPlan:
+    """What the runtime does at a declared point, forward and backward."""
+
+    name: str
+    forward: tuple[Move, ...] = ()
+    backward: tuple[Move, ...] = ()
+
+
+@frozen(kw_only=True)
+class Substitution:
+    """A call whose local form is another one: the n-th call of `function` under module `path`."""
+
+    path: str
+    function: str
+    axes: tuple[str, ...]
+    size: int
+    """The global size of the split factor."""
+    ordinal: int = 0
+
+
+@frozen(kw_only=True)
+class UnitPlan:
+    """Modules that are gathered together, and the parameters that they hold."""
+
+    name: str
+    modules: tuple[str, ...]
+    params: tuple[str, ...]
+
+
+@frozen(kw_only=True)
+class LossPlan:
+    """How the loss and its weight are summed."""
+
+    sum_axes: tuple[str, ...] = ()
+    weight_axes: tuple[str, ...] = ()
+
+
+@frozen(kw_only=True)
+class Plan:
+    """A table, proved right for a model, on one mesh."""
+
+    mesh: Mesh
+    params: Mapping[str, ParamPlan]
+    activations: Mapping[str, ActivationPlan]
+    collectives: tuple[Collective, ...]
+    units: tuple[UnitPlan, ...]
+    points: Mapping[str, PointPlan]
+    substitutions: tuple[Substitution, ...] = ()
+    entries: Mapping[str, ActivationPlan] = field(factory=dict)
+    attributes: Mapping[str, Mapping[str, int]] = field(factory=dict)
+    """Module -> attribute -> its local value."""
+    loss: LossPlan | None = None
+    output: tuple[Layout, ...] = ()
+    legal: Any = field(default=None, eq=False, repr=False)
+    """Checks another mesh; absent from a plan that was read from a file."""
+
+    def __str__(self) -> str:
+        from shardspec.report import render
+
+        return render(self)
+
+    @property
+    def hash(self) -> str:
+        """A digest that two plans share if they run the same program."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        """The plan as JSON, sorted, with a version."""
+        kept = attrs.asdict(self, recurse=True, filter=lambda attribute, _: attribute.name != "legal")
+        kept["mesh"] = self.mesh.shape
+        return json.dumps({"version": VERSION, **kept}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: for another version, or text that is no plan.
+        """
+        from shardspec.files import read_plan
+
+        return read_plan(text)
+
+    def legal_meshes(self, world: int) -> tuple[Mesh, ...]:
+        """Every mesh of `world` ranks, over the axes that the table names, that passes the check.
+
+        Raises:
+            ValueError: for a plan that was read from a file, which no longer knows its model.
+        """
+        if self.legal is None:
+            raise ValueError("this plan was read from a file: compile the table again to ask for other meshes")
+        return self.legal(world)

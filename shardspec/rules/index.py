@@ -1,0 +1,113 @@
+"""Lookups by integer tensors, and tensors made from nothing."""
+
+import torch
+
+from shardspec.layout import Layout, dim_axes
+from shardspec.program import Ref
+from shardspec.rules.operator import (
+    FIRST,
+    PRODUCT,
+    Call,
+    Label,
+    Refusal,
+    Type,
+    Typed,
+    rule,
+    uniform,
+    unify,
+    unsplit,
+)
+
+aten = torch.ops.aten
+
+
+@rule(aten.embedding.default)
+def embedding(call: Call) -> Typed:
+    """weight [v, d], indices [...] -> [..., d]; a split vocabulary leaves a pending sum of masked lookups."""
+    lead: list[Label] = [("i", index) for index in range(len(call.shape(1)))]
+    typed = unify(call, [["v", "d"], lead], [[*lead, "d"]], linear=FIRST)
+    rows = call.types[0].layout.dims[0]
+    axes = dim_axes(rows)
+    if axes:
+        if rows[: len(axes)] != axes:
+            raise Refusal("SS304", "embedding looks up rows that a rank holds in strides", operands=(0,), axis=axes[0])
+        typed.lowering = "embedding"
+    return typed
+
+
+@rule(aten.index.Tensor)
+def index(call: Call) -> Typed:
+    """x[..., i, j, ...]: the indexed dims must be whole; the result follows the index."""
+    indices = call.named["indices"]
+    shape = call.shape(0)
+    indexed = [dim for dim, item in enumerate(indices) if isinstance(item, Ref)]
+    if any(call.dtype(operand) == torch.bool for operand in range(1, len(call.types))):
+        raise Refusal("SS305", "indexing by a boolean mask has a shape that depends on values", operands=(1,))
+    names: list[Label] = [("x", dim) for dim in range(len(shape))]
+    labels: list[list[Label]] = [names]
+    rank = 0
+    for operand in range(1, len(call.types)):
+        found = call.shape(operand)
+        rank = max(rank, len(found))
+        labels.append([None if length == 1 else ("i", dim - len(found)) for dim, length in enumerate(found)])
+    adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
+    at = indexed[0] if adjacent else 0
+    out_shape = call.out().shape
+    taken: list[Label] = [None if out_shape[at + dim] == 1 else ("i", dim - rank) for dim in range(rank)]
+    rest: list[Label] = [name for dim, name in enumerate(names) if dim not in indexed]
+    whole = [names[dim] for dim in indexed]
+    return unify(call, labels, [rest[:at] + taken + rest[at:]], linear=FIRST, whole=whole)
+
+
+@rule(aten.gather.default, aten.take_along_dim.default)
+def gather(call: Call) -> Typed:
+    """out[i][j] = x[index[i][j]][j]: the dim must be whole, the others alike."""
+    shape, wanted = call.shape(0), call.shape(1)
+    dim = int(call.named["dim"]) % len(shape)
+    names: list[Label] = [index if index != dim and shape[index] == wanted[index] else ("x", index) for index in range(len(shape))]
+    out: list[Label] = list(range(len(shape)))
+    return unify(call, [names, out], [out], linear=FIRST, whole=[name for name in names if isinstance(name, tuple)] + [dim])
+
+
+@rule(aten.index_select.default)
+def index_select(call: Call) -> Typed:
+    """Rows of a whole dim by a vector of indices."""
+    dim = int(call.named["dim"]) % len(call.shape(0))
+    names: list[Label] = list(range(len(call.shape(0))))
+    out: list[Label] = ["i" if index == dim else index for index in names]
+    return unify(call, [names, ["i"]], [out], linear=FIRST, whole=[dim])
+
+
+@rule(
+    aten.full.default,
+    aten.zeros.default,
+    aten.ones.default,
+    aten.empty.memory_format,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.new_empty.default,
+)
+def fill(call: Call) -> Typed:
+    """One value everywhere: each dim adopts the layout of the partner that it meets."""
+    return Typed((uniform(call.out().shape),), call.types)
+
+
+@rule(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default)
+def fill_like(call: Call) -> Typed:
+    """One value everywhere, laid out as the operand is."""
+    kind = call.types[0]
+    return Typed((Type(Layout(kind.layout.dims), kind.uniform),), call.types)
+
+
+@rule(aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default, aten.scalar_tensor.default, aten.eye.default)
+def count(call: Call) -> Typed:
+    """Values that depend on the index: every rank makes all of them."""
+    return Typed((unsplit(call.out().shape),), call.types)
+
+
+@rule(aten.outer.default)
+def outer(call: Call) -> Typed:
+    """[m] x [n] -> [m, n]."""
+    return unify(call, [["m"], ["n"]], [["m", "n"]], linear=PRODUCT)
+

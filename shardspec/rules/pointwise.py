@@ -1,0 +1,100 @@
+"""Pointwise operators: an element of the result reads one element of each operand."""
+
+import torch
+
+from shardspec.rules.operator import (
+    COPY,
+    FIRST,
+    JOINT,
+    NONLINEAR,
+    PRODUCT,
+    Call,
+    Typed,
+    aligned,
+    aligned_output,
+    rule,
+    unify,
+)
+
+aten = torch.ops.aten
+
+LINEAR = {
+    aten.neg.default: PRODUCT,
+    aten.mul.Tensor: PRODUCT,
+    aten.mul.Scalar: PRODUCT,
+    aten.div.Tensor: FIRST,
+    aten.div.Scalar: FIRST,
+    aten.add.Tensor: JOINT,
+    aten.add.Scalar: JOINT,
+    aten.sub.Tensor: JOINT,
+    aten.sub.Scalar: JOINT,
+    aten.rsub.Scalar: JOINT,
+    aten.rsub.Tensor: JOINT,
+    aten.mul_.Tensor: PRODUCT,
+    aten.div_.Tensor: FIRST,
+    aten.add_.Tensor: JOINT,
+    aten.sub_.Tensor: JOINT,
+}
+"""The pointwise operators that let a pending sum through; every other one is nonlinear."""
+
+CASTS = (
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten._to_copy.default,
+    aten.type_as.default,
+)
+
+
+def is_pointwise(operator: object) -> bool:
+    """Whether torch's own tags call the operator pointwise."""
+    return isinstance(operator, torch._ops.OpOverload) and torch.Tag.pointwise in operator.tags
+
+
+def _has_number(call: Call) -> bool:
+    return any(isinstance(arg, (int, float, complex)) for arg in call.node.args[1:2])
+
+
+def pointwise(call: Call) -> Typed:
+    """Type a pointwise operator with broadcasting."""
+    linear = LINEAR.get(call.node.func, NONLINEAR)
+    return unify(
+        call, aligned(call), [aligned_output(call.out().shape)], linear=linear, scalars=linear == JOINT and _has_number(call)
+    )
+
+
+for _operator in LINEAR:
+    rule(_operator)(pointwise)
+
+
+@rule(aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, aten.lift_fresh.default)
+def copy(call: Call) -> Typed:
+    """The same elements under another name."""
+    return unify(call, aligned(call), [aligned_output(call.out().shape)], linear=COPY)
+
+
+@rule(*CASTS)
+def cast(call: Call) -> Typed:
+    """A cast among floating types is linear; one to integers or booleans is not."""
+    exact = call.dtype(0) == call.out().dtype
+    linear = exact or (call.out().dtype.is_floating_point and call.dtype(0).is_floating_point)
+    labels = aligned(call)
+    if len(labels) > 1:
+        labels[1] = [("other", index) for index in range(len(labels[1]))]
+    return unify(call, labels, [labels[0]], linear=COPY if exact else FIRST if linear else NONLINEAR)
+
+
+@rule(aten.where.self)
+def where(call: Call) -> Typed:
+    """Linear in the two branches together; the condition must be complete."""
+    linear = NONLINEAR if call.types[0].layout.pending else JOINT
+    return unify(call, aligned(call), [aligned_output(call.out().shape)], linear=linear)
+
+
+@rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+def masked_fill(call: Call) -> Typed:
+    """Linear in the first operand when it fills with zero."""
+    linear = FIRST if call.named.get("value") == 0 else NONLINEAR
+    return unify(call, aligned(call), [aligned_output(call.out().shape)], linear=linear)
+

@@ -1,0 +1,185 @@
+"""The table a user writes: regex -> spec, and where in the source each entry stands."""
+
+import ast
+import functools
+import linecache
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+from attrs import field, frozen
+
+from shardspec.diagnostics import Diagnostic, Location, ShardingError
+from shardspec.spec import P
+
+Unit = str | tuple[str, ...]
+
+
+@frozen
+class Origin:
+    """The call that made an entry: a file, and a line inside the call."""
+
+    file: str
+    line: int
+
+
+@frozen(eq=False)
+class Rule:
+    """One entry of a table."""
+
+    kind: str
+    """"params" or "activations"."""
+    pattern: str
+    value: str | P
+    origin: Origin
+
+    @property
+    def location(self) -> Location:
+        """File and line of the entry, found in the source when it is first asked for."""
+        line = _line_of(self.origin.file, self.origin.line, self.pattern)
+        value = f'"{self.value}"' if isinstance(self.value, str) else repr(self.value)
+        return Location(file=_shorten(self.origin.file), line=line, text=f'r"{self.pattern}": {value}')
+
+
+def _shorten(file: str) -> str:
+    """The path as seen from the working directory, where it lies below it."""
+    relative = os.path.relpath(file) if os.path.isabs(file) else file
+    return file if relative.startswith("..") else relative
+
+
+def _caller() -> Origin:
+    """The nearest frame outside this package."""
+    frame = sys._getframe(1)
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(here + os.sep):
+        frame = frame.f_back
+    return Origin(frame.f_code.co_filename, frame.f_lineno)
+
+
+@functools.lru_cache(maxsize=64)
+def _string_lines(file: str) -> tuple[tuple[str, int], ...]:
+    source = "".join(linecache.getlines(file))
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return ()
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return tuple((node.value, node.lineno) for node in nodes if isinstance(node.value, str))
+
+
+def _line_of(file: str, near: int, pattern: str) -> int:
+    """The line of the string `pattern` in `file` that is nearest to the call; the call's own where none is."""
+    lines = [line for text, line in _string_lines(file) if text == pattern]
+    return min(lines, key=lambda line: abs(line - near), default=near)
+
+
+@frozen(init=False, eq=False)
+class Rules:
+    """The table for one model family: what is laid over which axis.
+
+    Args:
+        params: pattern -> spec; a pattern is matched whole against the FQN of a parameter or buffer.
+        activations: pattern -> spec, matched whole against an activation's name.
+        units: a pattern makes a unit of each module that it matches, a tuple of patterns one of all.
+        pipeline: a pattern whose group `pp` is the index that is laid over `pp`.
+        experts: the modules that follow the experts protocol.
+        attributes: module pattern -> {attribute: spec of one dim}, for global sizes kept in a module.
+        sizes: factor -> size, where nothing else tells it.
+    """
+
+    params: tuple[Rule, ...]
+    activations: tuple[Rule, ...]
+    units: tuple[Unit, ...]
+    pipeline: str | None
+    experts: str | None
+    attributes: dict[str, dict[str, str]] = field()
+    sizes: dict[str, int]
+    origin: Origin
+
+    def __init__(
+        self,
+        params: Mapping[str, str | P],
+        activations: Mapping[str, str | P] | None = None,
+        units: Sequence[Unit] = (),
+        pipeline: str | None = None,
+        experts: str | None = None,
+        attributes: Mapping[str, Mapping[str, str]] | None = None,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
+        origin = _caller()
+        self.__attrs_init__(  # pyright: ignore[reportAttributeAccessIssue]
+            params=_entries("params", params, origin),
+            activations=_entries("activations", activations or {}, origin),
+            units=(units,) if isinstance(units, str) else tuple(unit if isinstance(unit, str) else tuple(unit) for unit in units),
+            pipeline=pipeline,
+            experts=experts,
+            attributes={pattern: dict(named) for pattern, named in (attributes or {}).items()},
+            sizes=dict(sizes or {}),
+            origin=origin,
+        )
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """Parameters' entries, then activations'."""
+        return self.params + self.activations
+
+    def line_of(self, text: str) -> Location:
+        """Where a string of the table stands in the source."""
+        return Location(file=_shorten(self.origin.file), line=_line_of(self.origin.file, self.origin.line, text), text=f'r"{text}"')
+
+    def override(
+        self,
+        params: Mapping[str, str | P] | None = None,
+        activations: Mapping[str, str | P] | None = None,
+        drop: Sequence[str] = (),
+        units: Sequence[Unit] | None = None,
+        sizes: Mapping[str, int] | None = None,
+        pipeline: str | None = None,
+        experts: str | None = None,
+        attributes: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> "Rules":
+        """A new table: an entry with the same pattern is replaced, others are added, `drop` removes patterns.
+
+        Raises:
+            ShardingError: SS201 for a pattern in `drop` that the table does not have.
+        """
+        origin = _caller()
+        drop = (drop,) if isinstance(drop, str) else tuple(drop)
+        missing = [pattern for pattern in drop if all(rule.pattern != pattern for rule in self.rules)]
+        if missing:
+            raise ShardingError(_absent(pattern, self, origin) for pattern in missing)
+        new: Rules = object.__new__(Rules)
+        new.__attrs_init__(  # pyright: ignore[reportAttributeAccessIssue]
+            params=_merge(self.params, _entries("params", params or {}, origin), drop),
+            activations=_merge(self.activations, _entries("activations", activations or {}, origin), drop),
+            units=self.units if units is None else tuple(units),
+            pipeline=self.pipeline if pipeline is None else pipeline,
+            experts=self.experts if experts is None else experts,
+            attributes={**self.attributes, **{pattern: dict(named) for pattern, named in (attributes or {}).items()}},
+            sizes={**self.sizes, **(sizes or {})},
+            origin=self.origin,
+        )
+        return new
+
+
+def _absent(pattern: str, rules: Rules, origin: Origin) -> Diagnostic:
+    import difflib
+
+    near = difflib.get_close_matches(pattern, [rule.pattern for rule in rules.rules], n=1)
+    return Diagnostic(
+        code="SS201",
+        what=f"override drops r\"{pattern}\", which the table does not have",
+        why="`drop` names the pattern of an entry, letter for letter",
+        locations=(Location(file=_shorten(origin.file), line=_line_of(origin.file, origin.line, pattern)),),
+        advice=(f'did you mean r"{near[0]}"?',) if near else (),
+    )
+
+
+def _entries(kind: str, table: Mapping[str, str | P], origin: Origin) -> tuple[Rule, ...]:
+    return tuple(Rule(kind, pattern, value, origin) for pattern, value in table.items())
+
+
+def _merge(old: tuple[Rule, ...], new: tuple[Rule, ...], drop: tuple[str, ...]) -> tuple[Rule, ...]:
+    replaced = {rule.pattern: rule for rule in new}
+    kept = [replaced.pop(rule.pattern, rule) for rule in old if rule.pattern not in drop or rule.pattern in replaced]
+    return (*kept, *replaced.values())

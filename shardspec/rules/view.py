@@ -1,0 +1,315 @@
+"""Operators that move or cut dims and compute nothing: views, slices, joins."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from shardspec.layout import CutError, DimLayout, Layout, canonical, dim_axes, dim_text, flatten, global_size, local_size, split
+from shardspec.rules.operator import COPY, JOINT, Call, Label, Refusal, Type, Typed, rule, unify
+
+aten = torch.ops.aten
+
+
+def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of dims, before and after, that hold the same number of elements; ones left aside."""
+    left = [index for index, length in enumerate(before) if length != 1]
+    right = [index for index, length in enumerate(after) if length != 1]
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(left) or j < len(right):
+        one, two = [left[i]], [right[j]]
+        size_one, size_two = before[left[i]], after[right[j]]
+        i, j = i + 1, j + 1
+        while size_one != size_two:
+            if size_one < size_two:
+                one.append(left[i])
+                size_one *= before[left[i]]
+                i += 1
+            else:
+                two.append(right[j])
+                size_two *= after[right[j]]
+                j += 1
+        groups.append((one, two))
+    return groups
+
+
+@rule(
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.view_as.default,
+)
+def view(call: Call) -> Typed:
+    """Concatenate the digits of each group of dims and cut them anew, from the right."""
+    kind, before, after = call.types[0], call.shape(0), call.out().shape
+    dims: list[DimLayout] = [()] * len(after)
+    same: set[int] = set()
+    still: set[int] = set()
+    for one, two in _groups(before, after) if 0 not in before else []:
+        try:
+            parts = split(flatten(kind.layout.dims[i] for i in one), [after[j] for j in two], call.sizes)
+        except CutError as error:
+            raise _cut(call, error, one, two) from error
+        for j, part in zip(two, parts, strict=True):
+            dims[j] = part
+        if all(i in kind.uniform for i in one):
+            same.update(two)
+            still.update(one)
+    layout = Layout(tuple(dims), kind.layout.pending)
+    return Typed((Type(layout, frozenset(same)),), (Type(kind.layout, frozenset(still)), *call.types[1:]))
+
+
+def _cut(call: Call, error: CutError, one: Sequence[int], two: Sequence[int]) -> Refusal:
+    axis = error.axis
+    digits = flatten(call.types[0].layout.dims[i] for i in one)
+    lengths = [call.out().shape[j] for j in two]
+    degree = call.sizes[axis]
+    position = _cut_dim(digits, lengths, axis, call)
+    what = f"a dim of {lengths[position]} cannot be split over {axis}={degree}"
+    why = (
+        f"the view cuts {global_size(digits, call.sizes)}, laid out as {dim_text(digits)}, into "
+        f"{' x '.join(map(str, lengths))}: {degree} does not divide {lengths[position]}"
+        if lengths[position] % degree
+        else f"the view cuts {dim_text(digits)} into {' x '.join(map(str, lengths))}, and {axis} would lie across a cut"
+    )
+    return Refusal("SS301", what, why, operands=(0,), axis=axis)
+
+
+def _cut_dim(digits: DimLayout, lengths: Sequence[int], axis: str, call: Call) -> int:
+    """Which of the new dims the axis falls into: the one that holds its most major element."""
+    left = 1
+    for digit in digits:
+        if digit == axis:
+            break
+        left *= digit if isinstance(digit, int) else call.sizes[digit]
+    for position, length in enumerate(lengths):
+        if left < length:
+            return position
+        left //= length
+    return len(lengths) - 1
+
+
+@rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
+def expand(call: Call) -> Typed:
+    """A dim that is new, or was of size one, is uniform after."""
+    kind, before, after = call.types[0], call.shape(0), call.out().shape
+    new = len(after) - len(before)
+    dims: list[DimLayout] = []
+    same: set[int] = set()
+    for index, length in enumerate(after):
+        if index < new or before[index - new] != length:
+            dims.append(canonical((length,)))
+            same.add(index)
+        else:
+            dims.append(kind.layout.dims[index - new])
+            if index - new in kind.uniform:
+                same.add(index)
+    return Typed((Type(Layout(tuple(dims), kind.layout.pending), frozenset(same)),), (kind, *call.types[1:]))
+
+
+def _moved(call: Call, order: Sequence[int]) -> Typed:
+    names: list[Label] = list(range(len(order)))
+    return unify(call, [names], [[order[index] for index in range(len(order))]], linear=COPY)
+
+
+@rule(aten.transpose.int, aten.swapaxes.default)
+def transpose(call: Call) -> Typed:
+    """Two dims change places."""
+    rank = len(call.shape(0))
+    one, two = (int(index) % rank for index in call.node.args[1:3])
+    order = list(range(rank))
+    order[one], order[two] = two, one
+    return _moved(call, order)
+
+
+@rule(aten.t.default, aten.numpy_T.default, aten.mT.default)
+def t(call: Call) -> Typed:
+    """The last two dims change places."""
+    rank = len(call.shape(0))
+    order = list(range(rank))
+    if rank > 1:
+        order[-2], order[-1] = order[-1], order[-2]
+    return _moved(call, order)
+
+
+@rule(aten.permute.default)
+def permute(call: Call) -> Typed:
+    """The dims in another order."""
+    rank = len(call.shape(0))
+    return _moved(call, [int(index) % rank for index in call.node.args[1]])
+
+
+@rule(aten.movedim.int, aten.movedim.intlist)
+def movedim(call: Call) -> Typed:
+    """Dims moved to given places."""
+    order = torch.empty(tuple(range(2, 2 + len(call.shape(0)))), device="meta").movedim(*call.node.args[1:]).shape
+    return _moved(call, [length - 2 for length in order])
+
+
+def _suffix(dim: DimLayout) -> DimLayout:
+    """The shortest suffix that holds all the axes."""
+    first = next((index for index, digit in enumerate(dim) if isinstance(digit, str)), len(dim))
+    return dim[first:]
+
+
+def _part(call: Call, dim: int, start: int, length: int) -> tuple[DimLayout, int]:
+    """The layout of rows [start, start + length) of a dim, and the local start."""
+    digits = call.types[0].layout.dims[dim]
+    whole = global_size(digits, call.sizes)
+    if not dim_axes(digits):
+        return canonical((length,)), start
+    if start == 0 and length == whole:
+        return digits, 0
+    suffix = _suffix(digits)
+    step = global_size(suffix, call.sizes)
+    if start % step or length % step:
+        axis = dim_axes(digits)[0]
+        raise Refusal(
+            "SS304",
+            f"{call.node.op} takes {length} of {whole} from dim {dim}, which is split over {axis}",
+            why=f"each rank holds {dim_text(digits)}: the rows asked for lie on some ranks only",
+            operands=(0,),
+            axis=axis,
+        )
+    return canonical((length // step, *suffix)), start // step * local_size(suffix)
+
+
+def _with_dim(kind: Type, dim: int, digits: DimLayout | None) -> Type:
+    """The type with another layout for one dim, or without the dim."""
+    dims = list(kind.layout.dims)
+    same = set(kind.uniform)
+    if digits is None:
+        del dims[dim]
+        same = {index - (index > dim) for index in same if index != dim}
+    else:
+        dims[dim] = digits
+    return Type(Layout(tuple(dims), kind.layout.pending), frozenset(same))
+
+
+def _read_whole(kind: Type, dim: int) -> Type:
+    return Type(kind.layout, kind.uniform - {dim})
+
+
+@rule(aten.slice.Tensor, aten.narrow.default)
+def slice_(call: Call) -> Typed:
+    """Rows of one dim."""
+    kind, shape = call.types[0], call.shape(0)
+    named = call.named
+    dim = int(named.get("dim") or 0) % len(shape)
+    start = int(named.get("start") or 0)
+    start = max(0, start + shape[dim]) if start < 0 else min(start, shape[dim])
+    length, step = call.out().shape[dim], int(named.get("step") or 1)
+    if step != 1 and dim_axes(kind.layout.dims[dim]):
+        raise Refusal("SS304", f"a slice with step {step} of a split dim", operands=(0,), axis=dim_axes(kind.layout.dims[dim])[0])
+    if step != 1:
+        digits, local = canonical((length,)), start
+    else:
+        digits, local = _part(call, dim, start, length)
+    kept = length == shape[dim]
+    out = _with_dim(kind, dim, digits)
+    if not kept:
+        out = _read_whole(out, dim)
+    # A negative start counts from the local end: it must name the same row there.
+    return Typed((out,), (kind if kept else _read_whole(kind, dim),), local={"start": local, "end": ...})
+
+
+@rule(aten.select.int)
+def select(call: Call) -> Typed:
+    """One row of a dim, which must be whole."""
+    kind = call.types[0]
+    dim = int(call.named["dim"]) % len(call.shape(0))
+    digits = kind.layout.dims[dim]
+    if dim_axes(digits):
+        raise Refusal(
+            "SS304",
+            f"select takes one row of dim {dim}, which is split over {dim_axes(digits)[0]}",
+            why=f"each rank holds {dim_text(digits)}: the row lies on some ranks only",
+            operands=(0,),
+            axis=dim_axes(digits)[0],
+        )
+    return Typed((_with_dim(kind, dim, None),), (_read_whole(kind, dim),))
+
+
+@rule(aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default, aten.unsafe_chunk.default)
+def split_(call: Call) -> Typed:
+    """A dim cut into consecutive parts."""
+    kind = call.types[0]
+    dim = int(call.named.get("dim") or 0) % len(call.shape(0))
+    outputs: list[Type] = []
+    start = 0
+    for index in range(len(call.node.outputs)):
+        length = call.out(index).shape[dim]
+        digits, _ = _part(call, dim, start, length)
+        outputs.append(_read_whole(_with_dim(kind, dim, digits), dim))
+        start += length
+    return Typed(tuple(outputs), (_read_whole(kind, dim),), local={"split_size": ..., "split_sizes": ...})
+
+
+@rule(aten.unbind.int)
+def unbind(call: Call) -> Typed:
+    """Each row of a dim, which must be whole."""
+    dim = int(call.named.get("dim") or 0) % len(call.shape(0))
+    one = select_all(call, dim)
+    return Typed((one,) * len(call.node.outputs), (_read_whole(call.types[0], dim),))
+
+
+def select_all(call: Call, dim: int) -> Type:
+    """The type of a row of a whole dim."""
+    digits = call.types[0].layout.dims[dim]
+    if dim_axes(digits):
+        raise Refusal("SS304", f"unbind of dim {dim}, which is split over {dim_axes(digits)[0]}", operands=(0,), axis=dim_axes(digits)[0])
+    return _with_dim(call.types[0], dim, None)
+
+
+def _joined(call: Call, dim: int, names: list[list[Label]], out: list[Label], whole: list[Any]) -> Typed:
+    sizes = {"joined": call.out().shape[dim]}
+    return unify(call, names, [out], linear=JOINT, whole=whole, out_sizes=sizes)
+
+
+@rule(aten.cat.default, aten.concat.default)
+def cat(call: Call) -> Typed:
+    """Parts joined along a dim, which must be whole in each."""
+    rank = len(call.out().shape)
+    dim = int(call.named.get("dim") or 0) % rank
+    names: list[list[Label]] = [
+        [("part", operand) if index == dim else index for index in range(len(call.shape(operand)))]
+        for operand in range(len(call.types))
+    ]
+    out: list[Label] = ["joined" if index == dim else index for index in range(rank)]
+    return _joined(call, dim, names, out, [("part", operand) for operand in range(len(call.types))])
+
+
+@rule(aten.stack.default)
+def stack(call: Call) -> Typed:
+    """Tensors of one shape joined along a new dim."""
+    rank = len(call.out().shape)
+    dim = int(call.named.get("dim") or 0) % rank
+    names: list[list[Label]] = [list(range(rank - 1)) for _ in call.types]
+    out: list[Label] = list(range(rank - 1))
+    out.insert(dim, "joined")
+    return _joined(call, dim, names, out, [])
+
+
+@rule(aten.roll.default, aten.flip.default)
+def reorder(call: Call) -> Typed:
+    """Rows of the named dims in another order; those dims must be whole."""
+    rank = len(call.shape(0))
+    named = call.named.get("dims")
+    dims = range(rank) if not named else [int(dim) % rank for dim in named]
+    names: list[Label] = list(range(rank))
+    return unify(call, [names], [names], linear=COPY, whole=list(dims))
+
+
+@rule(aten.tril.default, aten.triu.default)
+def triangle(call: Call) -> Typed:
+    """Zeroes one triangle of the last two dims, which must be whole."""
+    rank = len(call.shape(0))
+    names: list[Label] = list(range(rank))
+    return unify(call, [names], [names], linear=COPY, whole=[rank - 2, rank - 1])

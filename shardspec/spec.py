@@ -1,0 +1,229 @@
+"""The spec language: one string a tensor, `(H@tp hd)@fsdp D`, parsed into frozen values.
+
+    spec   = { dim | "..." } { "+" axis }
+    dim    = factor | "(" factor { factor } ")" [ axes ]
+    factor = ( name | integer ) [ axes ]
+    axes   = "@" axis | "@(" axis { "," axis } ")"
+"""
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+
+from attrs import frozen
+
+from shardspec.mesh import AXES
+
+TOKEN = re.compile(r"\s*(?:(?P<ellipsis>\.\.\.)|(?P<word>[A-Za-z_]\w*)|(?P<number>\d+)|(?P<mark>[@(),+]))")
+
+
+class SpecError(ValueError):
+    """A spec that does not parse; the message says where and what was expected."""
+
+
+@frozen
+class Factor:
+    """A named part of a dim, major to minor in its dim, with the axes that split it."""
+
+    name: str
+    size: int | None = None
+    axes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return (self.name or str(self.size)) + _axes_text(self.axes)
+
+
+@frozen
+class Dim:
+    """One dim of a tensor: one factor, or several in a group; `axes` split the whole group."""
+
+    factors: tuple[Factor, ...]
+    axes: tuple[str, ...] = ()
+    grouped: bool = False
+
+    @property
+    def all_axes(self) -> tuple[str, ...]:
+        """Every axis on this dim: the factors', then the group's."""
+        return tuple(axis for factor in self.factors for axis in factor.axes) + self.axes
+
+    def __str__(self) -> str:
+        text = " ".join(map(str, self.factors))
+        return f"({text})" + _axes_text(self.axes) if self.grouped else text
+
+
+@frozen
+class Spec:
+    """A parsed spec; `ellipsis` is the index in `dims` where `...` stands, or None."""
+
+    dims: tuple[Dim, ...]
+    pending: tuple[str, ...] = ()
+    ellipsis: int | None = None
+    open_end: bool = False
+    """True for `P(...)`, whose missing last dims are replicated."""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Every axis that the spec names, in reading order, with repetitions."""
+        return tuple(axis for dim in self.dims for axis in dim.all_axes) + self.pending
+
+    def __str__(self) -> str:
+        parts = [str(dim) for dim in self.dims]
+        if self.ellipsis is not None:
+            parts.insert(self.ellipsis, "...")
+        return " ".join(parts + [f"+{axis}" for axis in self.pending])
+
+
+def _axes_text(axes: tuple[str, ...]) -> str:
+    if not axes:
+        return ""
+    return f"@{axes[0]}" if len(axes) == 1 else f"@({','.join(axes)})"
+
+
+class P:
+    """A spec without names, as in JAX: `P("tp", None, ("dp", "fsdp"))`, an entry a dim.
+
+    Dims past the last entry are replicated.
+    """
+
+    def __init__(self, *entries: str | tuple[str, ...] | None) -> None:
+        self.entries = entries
+
+    def __repr__(self) -> str:
+        return f"P({', '.join(map(repr, self.entries))})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, P) and self.entries == other.entries
+
+    def __hash__(self) -> int:
+        return hash(self.entries)
+
+    def spec(self) -> Spec:
+        """The same as a parsed `Spec`, its factors anonymous."""
+        dims: list[Dim] = []
+        for entry in self.entries:
+            axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
+            for axis in axes:
+                _check_axis(axis, repr(self))
+            dims.append(Dim((Factor("", None, axes),)))
+        return Spec(tuple(dims), open_end=True)
+
+
+class _Reader:
+    """The tokens of one spec, read left to right."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.tokens = list(self._split())
+        self.at = 0
+
+    def _split(self) -> Iterator[tuple[str, str, int]]:
+        position = 0
+        end = len(self.text.rstrip())
+        while position < end:
+            match = TOKEN.match(self.text, position)
+            if match is None:
+                raise SpecError(f"{self.text!r}: cannot read {self.text[position:].strip()[:1]!r} at column {position + 1}")
+            yield match.lastgroup or "", match.group().strip(), match.start(match.lastgroup or 0)
+            position = match.end()
+
+    def peek(self) -> tuple[str, str]:
+        return self.tokens[self.at][:2] if self.at < len(self.tokens) else ("end", "")
+
+    def take(self) -> tuple[str, str]:
+        token = self.peek()
+        self.at += 1
+        return token
+
+    def fail(self, expected: str) -> SpecError:
+        if self.at >= len(self.tokens):
+            return SpecError(f"{self.text!r} ends where {expected} was expected")
+        kind, found, position = self.tokens[self.at]
+        del kind
+        return SpecError(f"{self.text!r}: {found!r} at column {position + 1} where {expected} was expected")
+
+    def expect(self, mark: str) -> None:
+        if self.peek() != ("mark", mark):
+            raise self.fail(repr(mark))
+        self.at += 1
+
+
+def _check_axis(axis: str, text: str) -> str:
+    if axis not in AXES:
+        raise SpecError(f"{text}: unknown mesh axis {axis!r}; the axes are {', '.join(AXES)}")
+    return axis
+
+
+def _parse_axes(reader: _Reader) -> tuple[str, ...]:
+    if reader.peek() != ("mark", "@"):
+        return ()
+    reader.take()
+    if reader.peek()[0] == "word":
+        return (_check_axis(reader.take()[1], repr(reader.text)),)
+    reader.expect("(")
+    axes: list[str] = []
+    while True:
+        if reader.peek()[0] != "word":
+            raise reader.fail("a mesh axis")
+        axes.append(_check_axis(reader.take()[1], repr(reader.text)))
+        if reader.peek() == ("mark", ","):
+            reader.take()
+            continue
+        reader.expect(")")
+        return tuple(axes)
+
+
+def _parse_factor(reader: _Reader) -> Factor:
+    kind, text = reader.take()
+    axes = _parse_axes(reader)
+    if kind == "number":
+        if axes:
+            raise SpecError(f"{reader.text!r}: the plain number {text} cannot be split; give the factor a name")
+        return Factor("", int(text), axes)
+    return Factor(text, None, axes)
+
+
+def _parse_group(reader: _Reader) -> Dim:
+    reader.expect("(")
+    factors: list[Factor] = []
+    while reader.peek()[0] in ("word", "number"):
+        factors.append(_parse_factor(reader))
+    if not factors:
+        raise reader.fail("a factor's name")
+    if reader.peek() == ("mark", "+"):
+        raise SpecError(f"{reader.text!r}: a direct sum in a group is not part of the language yet; split the projection")
+    reader.expect(")")
+    return Dim(tuple(factors), _parse_axes(reader), grouped=True)
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> Spec:
+    """Parse one spec.
+
+    Raises:
+        SpecError: with the column and what was expected there.
+    """
+    reader = _Reader(text)
+    dims: list[Dim] = []
+    pending: list[str] = []
+    ellipsis: int | None = None
+    while reader.peek()[0] != "end":
+        kind, token = reader.peek()
+        if token == "+":
+            reader.take()
+            if reader.peek()[0] != "word":
+                raise reader.fail("a mesh axis")
+            pending.append(_check_axis(reader.take()[1], repr(text)))
+        elif pending:
+            raise reader.fail("'+axis' or the end")
+        elif kind == "ellipsis":
+            if ellipsis is not None:
+                raise reader.fail("at most one '...'")
+            reader.take()
+            ellipsis = len(dims)
+        elif token == "(":
+            dims.append(_parse_group(reader))
+        elif kind in ("word", "number"):
+            dims.append(Dim((_parse_factor(reader),)))
+        else:
+            raise reader.fail("a dim")
+    return Spec(tuple(dims), tuple(pending), ellipsis)

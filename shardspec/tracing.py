@@ -1,0 +1,744 @@
+"""Run a model's forward once on meta tensors and record it as a `Program`; no values, no devices, no layouts."""
+
+import copy
+import functools
+import inspect
+import os
+import sys
+import types
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from attrs import define, field
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shardspec.functional import name
+from shardspec.program import Block, BlockCall, Graph, Node, Program, Ref, Value, tensors
+from shardspec.rules.operator import RULES
+
+aten = torch.ops.aten
+
+CONSTANT_LIMIT = 1 << 16
+"""Integer tensors of up to this many elements that derive from constants are also computed on the CPU."""
+
+MODULE_STATE = frozenset(
+    name for name in nn.Module().__dict__ if name.startswith("_") or name == "training"
+) | {"forward"}
+
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+
+
+class HostRead(Exception):
+    """The model's Python reads a value that is not known before it runs."""
+
+    def __init__(self, message: str) -> None:
+        self.file, self.line = user_line()
+        super().__init__(message)
+
+
+def twin(model: nn.Module, place: Callable[[str, torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A structural copy of a module tree with other tensors: same classes and attributes, nothing shared that
+    a forward could change.
+
+    Args:
+        model: the tree to copy; it is only read.
+        place: (FQN, tensor) -> the tensor that stands for it; asked once a tensor, under its first name.
+    """
+    made: dict[int, Any] = {}
+
+    def tensor(name: str, value: torch.Tensor | None) -> torch.Tensor | None:
+        if value is None:
+            return None
+        if id(value) not in made:
+            made[id(value)] = place(name, value)
+        return made[id(value)]
+
+    def build(module: nn.Module, prefix: str) -> nn.Module:
+        if id(module) in made:
+            return made[id(module)]
+        new = module.__class__.__new__(module.__class__)
+        made[id(module)] = new
+        state = new.__dict__
+        state.update(module.__dict__)
+        state["_parameters"] = {name: tensor(prefix + name, value) for name, value in module._parameters.items()}
+        state["_buffers"] = {name: tensor(prefix + name, value) for name, value in module._buffers.items()}
+        state["_modules"] = {
+            name: None if child is None else build(child, f"{prefix}{name}.") for name, child in module._modules.items()
+        }
+        return new
+
+    root = build(model, "")
+    for new in root.modules():
+        for name, value in new.__dict__.items():
+            if name not in MODULE_STATE:
+                new.__dict__[name] = _redirect(value, made)
+    return root
+
+
+def _redirect(value: Any, made: dict[int, Any]) -> Any:
+    """An attribute that holds modules or tensors of the old tree, holding those of the new one."""
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    if id(value) in made and isinstance(value, (nn.Module, torch.Tensor)):
+        return made[id(value)]
+    if isinstance(value, types.MethodType) and id(value.__self__) in made:
+        return types.MethodType(value.__func__, made[id(value.__self__)])
+    if type(value) in (list, tuple) and any(id(item) in made for item in value):
+        return type(value)(_redirect(item, made) for item in value)
+    if type(value) is dict and any(id(item) in made for item in value.values()):
+        return {key: _redirect(item, made) for key, item in value.items()}
+    return copy.copy(value) if type(value) in (list, dict, set) else value
+
+
+def to_meta(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without its values."""
+    del name
+    if tensor.device.type == "meta":
+        return tensor
+    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return nn.Parameter(meta, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+
+
+@define(slots=True, eq=False)
+class _Frame:
+    """The graph under construction and where each tensor object stands in it."""
+
+    graph: Graph
+    ids: dict[int, int] = field(factory=dict)
+    params: dict[int, str] = field(factory=dict)
+    """id of a parameter or buffer -> its name relative to the graph's module."""
+    prefix: str = ""
+
+
+class Tracer(TorchDispatchMode):
+    """Records every operator that runs on meta tensors; a subclass decides what a point and a block do."""
+
+    def __init__(self, graph: Graph, model: nn.Module) -> None:
+        super().__init__()
+        self.frames = [_Frame(graph)]
+        self.kept: list[Any] = []
+        self.model = model
+        self.path = ""
+        self.muted = False
+        self.captured: list[list[torch.Tensor]] = []
+        self.signatures: dict[type, list[str]] = {}
+
+    @property
+    def frame(self) -> _Frame:
+        return self.frames[-1]
+
+    def enter(self, tensor: torch.Tensor, value: Value) -> int:
+        """Make a tensor object stand for a new value of the current graph."""
+        index = self.frame.graph.add(value)
+        self.frame.ids[id(tensor)] = index
+        self.kept.append(tensor)
+        return index
+
+    def value_of(self, tensor: torch.Tensor) -> int:
+        """The value that a tensor object stands for; parameters and constants appear when first read."""
+        frame = self.frame
+        index = frame.ids.get(id(tensor))
+        if index is not None:
+            return index
+        name = frame.params.get(id(tensor))
+        if name is not None:
+            kind = "param" if isinstance(tensor, nn.Parameter) else "buffer"
+            value = Value(tuple(tensor.shape), tensor.dtype, name, kind, tensor.requires_grad)
+            index = self.enter(tensor, value)
+            frame.graph.params[name] = index
+            return index
+        for depth in range(len(self.frames) - 2, -1, -1):
+            if id(tensor) in self.frames[depth].ids or id(tensor) in self.frames[depth].params:
+                return self._capture(tensor)
+        data = None if tensor.device.type == "meta" else tensor.detach()
+        return self.enter(tensor, Value(tuple(tensor.shape), tensor.dtype, "", "constant", False, data))
+
+    def _capture(self, tensor: torch.Tensor) -> int:
+        """A value of an outer graph, read inside a block: one more input of the block."""
+        index = self.enter(tensor, Value(tuple(tensor.shape), tensor.dtype, "", "formal", tensor.requires_grad))
+        self.frame.graph.inputs.append(index)
+        self.captured[-1].append(tensor)
+        return index
+
+    def fresh(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Another tensor object with the same description, made behind the program's back."""
+        self.muted = True
+        try:
+            return like(tensor)
+        finally:
+            self.muted = False
+
+    def refs(self, tree: Any) -> Any:
+        """A nest of arguments with a `Ref` for each tensor."""
+        if isinstance(tree, torch.Tensor):
+            return Ref(self.value_of(tree))
+        if isinstance(tree, (list, tuple)):
+            items = [self.refs(item) for item in tree]
+            if isinstance(tree, list):
+                return items
+            return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+        if isinstance(tree, dict):
+            return {key: self.refs(item) for key, item in tree.items()}
+        return tree
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.muted:
+            return func(*args, **kwargs)
+        if func not in RULES and func._can_decompose() and not _is_atomic(func):
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        return self.record(func, args, kwargs)
+
+    def record(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run one operator on meta and append its node."""
+        data = self._constant(func, args, kwargs)
+        if func is aten._local_scalar_dense.default or func is aten.item.default:
+            if data is None:
+                raise HostRead("the model reads a tensor's value on the host")
+            return data
+        called = dict(kwargs)
+        if called.get("device") is not None or _is_factory(func):
+            called["device"] = torch.device("meta")
+        arguments = [_on_meta(arg) for arg in args]
+        out = func(*arguments, **{key: _on_meta(value) for key, value in called.items()})
+        return self.append(func, _operator_name(func), args, kwargs, out, data)
+
+    def append(self, func: Any, name: str, args: Any, kwargs: Any, out: Any, data: Any = None) -> Any:
+        """Append a node with its outputs and give back the outputs."""
+        file, line = user_line()
+        graph = self.frame.graph
+        node = Node(name, func, self.refs(tuple(args)), self.refs(kwargs), (), self.path, file, line, torch.is_grad_enabled())
+        graph.nodes.append(node)
+        outs = out if isinstance(out, (list, tuple)) else (out,)
+        datas = data if isinstance(data, (list, tuple)) else (data,) * len(outs)
+        mutated = name.endswith("_") and not name.startswith("__")
+        indices: list[int | None] = []
+        for tensor, constant in zip(outs, datas, strict=False):
+            if not isinstance(tensor, torch.Tensor):
+                indices.append(None)
+                continue
+            if not mutated and any(tensor is arg for arg in args):
+                # `to`, `contiguous` and `reshape` may give back the very tensor: an alias of the same value.
+                fresh = self.fresh(tensor)
+                outs = tuple(fresh if one is tensor else one for one in outs)
+                out = fresh if isinstance(out, torch.Tensor) else outs
+                tensor = fresh
+            indices.append(self.enter(tensor, Value(tuple(tensor.shape), tensor.dtype, data=constant)))
+        node.outputs = tuple(indices)
+        return out
+
+    def _constant(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The operator's value, where all that it reads is constant, small and not random."""
+        known: list[Any] = []
+        for arg in args:
+            if isinstance(arg, torch.Tensor):
+                index = self.frame.ids.get(id(arg))
+                data = self.frame.graph.values[index].data if index is not None else None
+                if data is None and arg.device.type != "meta" and index is None:
+                    data = arg.detach()
+                if data is None:
+                    return None
+                known.append(data)
+            elif isinstance(arg, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in arg):
+                return None
+            else:
+                known.append(arg)
+        reads = any(isinstance(arg, torch.Tensor) for arg in args)
+        if not reads and not _is_factory(func):
+            return None
+        if torch.Tag.nondeterministic_seeded in func.tags or func._schema.is_mutable:
+            return None
+        if any(isinstance(item, torch.Tensor) and item.numel() > CONSTANT_LIMIT for item in known):
+            return None
+        if not reads and not _is_small_factory(func, args):
+            return None
+        options = {key: value for key, value in kwargs.items() if key != "device"}
+        out = func(*known, **options, **({"device": torch.device("cpu")} if not reads else {}))
+        if isinstance(out, torch.Tensor) and (out.numel() > CONSTANT_LIMIT or (out.is_floating_point() and out.ndim)):
+            return None
+        return out
+
+    # What happens at a module's boundary.
+
+    def attach(self) -> None:
+        """Route every module's forward of `model` through this tracer."""
+        for fqn, module in self.model.named_modules():
+            if fqn:
+                module.__dict__["forward"] = functools.partial(self.call, module, fqn, module.forward)
+
+    def call(self, module: nn.Module, fqn: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """One call of a module."""
+        if is_block(fqn):
+            return self.block(module, fqn, forward, args, kwargs)
+        return self.plain(module, fqn, forward, args, kwargs)
+
+    def plain(self, module: nn.Module, fqn: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a module's forward between its input points and its output points."""
+        relative = fqn[len(self.frame.prefix) :]
+        args, kwargs = self._inputs(module, relative, args, kwargs)
+        outer, self.path = self.path, relative
+        try:
+            out = forward(*args, **kwargs)
+        finally:
+            self.path = outer
+        return self._outputs(relative, out)
+
+    def _inputs(self, module: nn.Module, fqn: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        names = self._argument_names(module)
+        first = True
+        changed: list[Any] = []
+        for index, arg in enumerate(args):
+            if isinstance(arg, torch.Tensor):
+                by_name = f"{fqn}:in.{names[index]}" if index < len(names) else f"{fqn}:in.{index}"
+                arg = self.point((f"{fqn}:in", by_name) if first else (by_name,), arg)
+                first = False
+            changed.append(arg)
+        named: dict[str, Any] = {}
+        for key, arg in kwargs.items():
+            if isinstance(arg, torch.Tensor):
+                arg = self.point((f"{fqn}:in", f"{fqn}:in.{key}") if first else (f"{fqn}:in.{key}",), arg)
+                first = False
+            named[key] = arg
+        return changed, named
+
+    def _argument_names(self, module: nn.Module) -> list[str]:
+        kind = type(module)
+        if kind not in self.signatures:
+            self.signatures[kind] = argument_names(kind.forward)[1:]
+        return self.signatures[kind]
+
+    def _outputs(self, fqn: str, out: Any) -> Any:
+        if isinstance(out, torch.Tensor):
+            return self.point((fqn,), out)
+        if isinstance(out, (tuple, list)):
+            items = list(out)
+            first = True
+            for index, item in enumerate(items):
+                if isinstance(item, torch.Tensor):
+                    items[index] = self.point((fqn,) if first else (f"{fqn}:out.{index}",), item)
+                    first = False
+            return type(out)(*items) if hasattr(out, "_fields") else type(out)(items)
+        if isinstance(out, Mapping):
+            first = True
+            changed = copy.copy(out)
+            for key, item in out.items():
+                if isinstance(item, torch.Tensor):
+                    changed[key] = self.point((fqn,) if first else (f"{fqn}:out.{key}",), item)
+                    first = False
+            return changed
+        return out
+
+    def append_point(self, names: tuple[str, ...], tensor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Append a point's node, from the tensor before it to the one behind it."""
+        file, line = user_line()
+        graph = self.frame.graph
+        source = self.value_of(tensor)
+        data = graph.values[source].data if tuple(out.shape) == tuple(tensor.shape) else None
+        index = self.enter(out, Value(tuple(out.shape), out.dtype, data=data))
+        node = Node("point", names, (Ref(source),), {}, (index,), self.path, file, line, torch.is_grad_enabled())
+        graph.nodes.append(node)
+        return out
+
+    @abstractmethod
+    def point(self, names: tuple[str, ...], tensor: torch.Tensor) -> torch.Tensor:
+        """A place where a rule may stand; the tensor behind it is another object than the one before."""
+
+    @abstractmethod
+    def block(self, module: nn.Module, fqn: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A call of a module that may be repeated."""
+
+    def in_block(
+        self, module: nn.Module, fqn: str, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> tuple[Block, list[torch.Tensor], Any]:
+        """Run a block's forward into a graph of its own; give the graph, the tensors that entered, and the result."""
+        block = Block(first=fqn)
+        names: dict[int, str] = {}
+        for name, tensor in _named_tensors(module):
+            names.setdefault(id(tensor), name)
+        entered = distinct(tensor_leaves((args, kwargs)))
+        outer, self.path = self.path, ""
+        self.frames.append(_Frame(block, params=names, prefix=fqn + "."))
+        self.captured.append([])
+        try:
+            for tensor in entered:
+                if id(tensor) not in names:
+                    value = Value(tuple(tensor.shape), tensor.dtype, "", "formal", tensor.requires_grad)
+                    block.inputs.append(self.enter(tensor, value))
+            out = self.plain(module, fqn, forward, args, kwargs)
+            self.result_refs = self.refs(out)
+        finally:
+            self.frames.pop()
+            captured = self.captured.pop()
+            self.path = outer
+        entered = [tensor for tensor in entered if id(tensor) not in names]
+        return block, entered + captured, out
+
+
+class Recorder(Tracer):
+    """Records the global program: points are kept with their names, repeated blocks are run once and called."""
+
+    def __init__(self, graph: Program, model: nn.Module) -> None:
+        super().__init__(graph, model)
+        self.recorded: dict[type, list[_Recorded]] = {}
+        self.first_names: dict[int, str] = {}
+        for name, tensor in _named_tensors(model):
+            self.first_names.setdefault(id(tensor), name)
+        self.frames[0].params = self.first_names
+        self.watched: dict[type, type] = {}
+        self.reads: list[tuple[nn.Module, str]] = []
+
+    def point(self, names: tuple[str, ...], tensor: torch.Tensor) -> torch.Tensor:
+        return self.append_point(names, tensor, self.fresh(tensor))
+
+    def block(self, module: nn.Module, fqn: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        structure = _structure((args, kwargs))
+        for known in self.recorded.get(self._kind(module), ()):
+            if known.inputs == structure and self._same(known, module, fqn):
+                if known.reads and len(self.frames) > 1:
+                    modules = dict(module.named_modules())
+                    self.reads.extend((modules[path], name) for path, name in known.reads)
+                return self._again(known, fqn, args, kwargs)
+        return self._record_block(module, fqn, forward, args, kwargs, structure)
+
+    def _record_block(
+        self, module: nn.Module, fqn: str, forward: Callable[..., Any], args: Any, kwargs: Any, structure: Any
+    ) -> Any:
+        before = _attributes(module)
+        shape = self._shape(module, fqn)
+        outer, self.reads = self.reads, []
+        restore = self._watch(module)
+        try:
+            block, entered, out = self.in_block(module, fqn, forward, args, kwargs)
+        finally:
+            for watched, kind in restore:
+                watched.__class__ = kind
+            reads, self.reads = self.reads, outer
+            outer.extend(reads)
+        paths = {id(child): path for path, child in module.named_modules()}
+        read = {
+            (paths[id(child)], name): child.__dict__[name]
+            for child, name in reads
+            if id(child) in paths and name in child.__dict__ and name != "forward"
+        }
+        block.outputs = [ref.index for ref in tensors(self.result_refs)]
+        # A forward that writes to its module or to its arguments does not do the same thing twice.
+        pure = _attributes(module) == before and _structure((args, kwargs)) == structure
+        plain = not any(id(tensor) in self.frame.ids for tensor in tensor_leaves(out))
+        closed = len(entered) == len(distinct(tensor_leaves((args, kwargs))))
+        if pure and plain and closed:
+            known = _Recorded(block, shape, read, structure, out)
+            self.recorded.setdefault(self._kind(module), []).append(known)
+        return self._call(block, fqn, entered, out)
+
+    def _call(self, block: Block, fqn: str, entered: list[torch.Tensor], out: Any) -> Any:
+        file, line = user_line()
+        graph = self.frame.graph
+        args = tuple(Ref(self.value_of(tensor)) for tensor in entered)
+        outputs: list[int | None] = []
+        for tensor, index in zip(tensor_leaves(out), block.outputs, strict=True):
+            found = block.values[index]
+            outputs.append(self.enter(tensor, Value(found.shape, found.dtype)))
+        relative = fqn[len(self.frame.prefix) :]
+        call = BlockCall(block, relative)
+        node = Node("block", call, args, {}, tuple(outputs), self.path, file, line, torch.is_grad_enabled(), self.refs(out))
+        graph.nodes.append(node)
+        return out
+
+    def _again(self, known: "_Recorded", fqn: str, args: Any, kwargs: Any) -> Any:
+        fresh = {id(tensor): self.fresh(tensor) for tensor in tensor_leaves(known.result)}
+        out = replace_tensors(known.result, lambda tensor: fresh[id(tensor)])
+        return self._call(known.block, fqn, distinct(tensor_leaves((args, kwargs))), out)
+
+    def _same(self, known: "_Recorded", module: nn.Module, fqn: str) -> bool:
+        if known.shape != self._shape(module, fqn):
+            return False
+        modules = dict(module.named_modules()) if known.reads else {}
+        return all(_equal(modules[path].__dict__.get(name), value) for (path, name), value in known.reads.items())
+
+    def _shape(self, module: nn.Module, fqn: str) -> Any:
+        """The class tree with what is registered in it: two blocks with equal shapes run the same code."""
+        prefix = fqn + "."
+        seen: dict[int, int] = {}
+        parts: list[Any] = []
+
+        def visit(child: nn.Module, path: str) -> None:
+            state = child.__dict__
+            hooks = tuple(state["_forward_pre_hooks"].values()) + tuple(state["_forward_hooks"].values())
+            parts.append((path, self._kind(child), state["training"], hooks))
+            for kept in (state["_parameters"], state["_buffers"]):
+                for name, tensor in kept.items():
+                    if tensor is None:
+                        parts.append((name, None))
+                        continue
+                    first = self.first_names[id(tensor)]
+                    inside = seen.setdefault(id(tensor), len(seen))
+                    home = inside if first.startswith(prefix) else first
+                    parts.append((name, tensor.shape, tensor.dtype, tensor.requires_grad, home))
+            for name, grandchild in state["_modules"].items():
+                if grandchild is not None:
+                    visit(grandchild, f"{path}.{name}")
+
+        visit(module, "")
+        return parts
+
+    def _watch(self, module: nn.Module) -> list[tuple[nn.Module, type]]:
+        """Have every module of a block note the attributes that are read from it."""
+        restore: list[tuple[nn.Module, type]] = []
+        for child in module.modules():
+            kind = type(child)
+            if kind in self.watched:
+                continue
+            restore.append((child, kind))
+            child.__class__ = self._watcher(kind)
+        return restore
+
+    def _kind(self, module: nn.Module) -> type:
+        """The module's own class, also while it is watched."""
+        return self.watched.get(type(module), type(module))
+
+    def _watcher(self, kind: type) -> type:
+        for watcher, watched in self.watched.items():
+            if watched is kind:
+                return watcher
+        tracer = self
+
+        def getter(self: Any, name: str) -> Any:
+            if not name.startswith("__") and name not in MODULE_STATE and name in object.__getattribute__(self, "__dict__"):
+                tracer.reads.append((self, name))
+            return kind.__getattribute__(self, name)
+
+        watcher = type(kind.__name__, (kind,), {"__getattribute__": getter, "__module__": kind.__module__})
+        self.watched[watcher] = kind
+        return watcher
+
+
+@define(slots=True, eq=False)
+class _Recorded:
+    """A block that was run once, and what a later module must share with it to be the same."""
+
+    block: Block
+    shape: Any
+    reads: dict[tuple[str, str], Any]
+    """(path in the block, attribute) -> value, for the attributes that forward read."""
+    inputs: Any
+    result: Any
+
+
+def _equal(one: Any, two: Any) -> bool:
+    if one is two:
+        return True
+    plain = (bool, int, float, str, tuple, torch.dtype, torch.device, frozenset)
+    return type(one) is type(two) and isinstance(one, plain) and one == two
+
+
+def _attributes(module: nn.Module) -> list[tuple[str, int]]:
+    return [(name, id(value)) for child in module.modules() for name, value in child.__dict__.items()]
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def like(tensor: torch.Tensor) -> torch.Tensor:
+    """Another meta tensor of the same shape, strides and dtype."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def tensor_leaves(tree: Any) -> list[torch.Tensor]:
+    """The tensors in a nest of tuples, lists and dicts, in order."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, (list, tuple)):
+        return [leaf for item in tree for leaf in tensor_leaves(item)]
+    if isinstance(tree, Mapping):
+        return [leaf for item in tree.values() for leaf in tensor_leaves(item)]
+    return []
+
+
+def replace_tensors(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """The same nest with `change(tensor)` for each tensor."""
+    if isinstance(tree, torch.Tensor):
+        return change(tree)
+    if isinstance(tree, (list, tuple)):
+        items = [replace_tensors(item, change) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    if isinstance(tree, dict):
+        changed = copy.copy(tree)
+        for key, item in tree.items():
+            changed[key] = replace_tensors(item, change)
+        return changed
+    return tree
+
+
+def distinct(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors, each object once."""
+    return list({id(tensor): tensor for tensor in leaves}.values())
+
+
+def _structure(tree: Any) -> Any:
+    """A nest of arguments as something that compares: shapes and dtypes for tensors, which is which, constants."""
+    order: dict[int, int] = {}
+
+    def visit(item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            return ("tensor", tuple(item.shape), item.dtype, order.setdefault(id(item), len(order)))
+        if isinstance(item, (list, tuple)):
+            return (type(item).__name__, *(visit(one) for one in item))
+        if isinstance(item, dict):
+            return ("dict", *((key, visit(one)) for key, one in item.items()))
+        if isinstance(item, (bool, int, float, str, type(None), torch.dtype, torch.device)):
+            return item
+        return ("object", id(item))
+
+    return visit(tree)
+
+
+class Whole(TorchFunctionMode):
+    """Hands the functions of our own that are typed whole (`ss.name`, `ss.cross_entropy`) to the tracer."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is name:
+            tensor, label = args
+            path = self.tracer.path
+            return self.tracer.point((f"{path}.{label}" if path else label,), tensor)
+        if func in RULES and not isinstance(func, torch._ops.OpOverload):
+            self.tracer.muted = True
+            out = func.meta(*args, **kwargs)
+            self.tracer.muted = False
+            return self.tracer.append(func, func.__name__, args, kwargs, out)
+        return func(*args, **kwargs)
+
+
+def is_block(fqn: str) -> bool:
+    """Whether a module's name ends in an index, as a repeated layer's does."""
+    return fqn.rpartition(".")[2].isdecimal()
+
+
+@functools.lru_cache(maxsize=1024)
+def argument_names(function: Callable[..., Any]) -> list[str]:
+    """The names of a function's parameters, in order."""
+    kinds = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+    )
+    return [name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind in kinds]
+
+
+def user_line() -> tuple[str, int]:
+    """File and line of the nearest frame that is neither torch's nor ours."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith((_HERE, _TORCH)) and not file.startswith("<"):
+            break
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+@functools.lru_cache(maxsize=4096)
+def _operator_name(func: Any) -> str:
+    return func._schema.name.partition("::")[2]
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_factory(func: Any) -> bool:
+    arguments = func._schema.arguments
+    return any(a.name == "device" for a in arguments) and not any("Tensor" in str(a.type) for a in arguments)
+
+
+def _is_small_factory(func: Any, args: Any) -> bool:
+    if _operator_name(func) in ("arange", "scalar_tensor"):
+        return all(not isinstance(arg, (int, float)) or abs(arg) <= CONSTANT_LIMIT for arg in args)
+    sizes = args[0] if args and isinstance(args[0], (list, tuple)) else ()
+    count = 1
+    for size in sizes:
+        count *= int(size)
+    return _operator_name(func) in ("full", "zeros", "ones") and count <= 1024
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_atomic(func: Any) -> bool:
+    """Whether the operator is left whole although torch could decompose it: nothing stands between it and a kernel."""
+    return torch.Tag.pointwise in func.tags
+
+
+def _on_meta(arg: Any) -> Any:
+    if isinstance(arg, torch.Tensor) and arg.device.type != "meta":
+        return torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device="meta")
+    if isinstance(arg, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in arg):
+        return type(arg)(_on_meta(item) for item in arg)
+    return arg
+
+
+def trace(
+    model: nn.Module, inputs: Mapping[str, Any], loss_fn: Callable[..., Any] | None = None
+) -> tuple[Program, nn.Module]:
+    """Record forward, and the loss if one is given, on the global shapes; the model is only read.
+
+    Args:
+        inputs: the global batch; entries named as forward's arguments go to forward, all go to the loss.
+
+    Returns:
+        The program and the meta twin that ran.
+
+    Raises:
+        HostRead: the model reads a value that is not known before it runs.
+    """
+    ghost = twin(model, to_meta)
+    program = Program()
+    tracer = Recorder(program, ghost)
+    tracer.attach()
+    batch = {name: to_meta(name, item) if isinstance(item, torch.Tensor) else item for name, item in inputs.items()}
+    for name, tensor in batch.items():
+        if isinstance(tensor, torch.Tensor):
+            program.entries[name] = tracer.enter(tensor, Value(tuple(tensor.shape), tensor.dtype, name, "entry"))
+    run(tracer, ghost, batch, loss_fn)
+    return program, ghost
+
+
+def run(tracer: Tracer, model: nn.Module, batch: Mapping[str, Any], loss_fn: Callable[..., Any] | None) -> Any:
+    """Run forward and loss under a tracer; the program's `result` and `outputs` are set."""
+    program = tracer.frames[0].graph
+    assert isinstance(program, Program)
+    arguments = {name: value for name, value in batch.items() if name in forward_arguments(model)}
+    with torch.inference_mode(), torch.no_grad():
+        torch._C._set_grad_enabled(True)
+        with Whole(tracer), tracer:
+            out = model(**arguments)
+            program.outputs = [ref.index for ref in tensors(tracer.refs(out))]
+            program.forward_nodes = len(program.nodes)
+            if loss_fn is not None:
+                tracer.path = "loss"
+                out = loss_fn(out, dict(batch))
+            program.result = tracer.refs(out)
+    return out
+
+
+def forward_arguments(model: nn.Module) -> list[str]:
+    """The names of the arguments of a model's forward."""
+    return argument_names(type(model).forward)[1:]
+
+
+def required_arguments(model: nn.Module) -> list[str]:
+    """The names of the arguments that forward cannot be called without."""
+    parameters = inspect.signature(type(model).forward).parameters
+    return [
+        name
+        for name in forward_arguments(model)
+        if parameters[name].default is inspect.Parameter.empty
+    ]

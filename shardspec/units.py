@@ -1,0 +1,138 @@
+"""Units: the modules that are gathered, rematerialised and compiled together."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from shardspec.diagnostics import Diagnostic, Location
+from shardspec.plan import UnitPlan
+from shardspec.rules.table import Rules
+
+
+def resolve_units(
+    rules: Rules, modules: Sequence[str], first_names: Mapping[str, str]
+) -> tuple[tuple[UnitPlan, ...], list[Diagnostic]]:
+    """The units of a table over a model's modules, the root unit last; units that share a tied parameter merge.
+
+    Args:
+        first_names: every parameter's name -> the first name of its tensor.
+
+    Returns:
+        The units, and SS211 for a pattern that matches no module, SS204 for a module that two claim.
+    """
+    found: list[Diagnostic] = []
+    groups: list[list[str]] = []
+    owner: dict[str, object] = {}
+    for unit in rules.units:
+        patterns = (unit,) if isinstance(unit, str) else unit
+        matched: list[str] = []
+        for pattern in patterns:
+            hits = [name for name in modules if re.fullmatch(pattern, name)]
+            if not hits:
+                found.append(_unknown(rules, pattern, "units"))
+            matched += hits
+        for name in matched:
+            if name in owner:
+                found.append(_twice(rules, name, str(owner[name]), str(unit)))
+            owner[name] = unit
+        groups += [[name] for name in matched] if isinstance(unit, str) else [matched] if matched else []
+    return (() if found else tuple(_fill(groups, first_names))), found
+
+
+def _unknown(rules: Rules, pattern: str, where: str) -> Diagnostic:
+    return Diagnostic(
+        code="SS211",
+        what=f'{where}: r"{pattern}" matches no module',
+        why="a pattern there is matched whole against the FQN of a module",
+        locations=(rules.line_of(pattern),),
+    )
+
+
+def _twice(rules: Rules, name: str, one: str, two: str) -> Diagnostic:
+    return Diagnostic(
+        code="SS204",
+        what=f"two units claim the module {name}",
+        why=f"{one} and {two}; a module is gathered with one unit",
+        locations=(Location(file=rules.origin.file, line=rules.origin.line),),
+    )
+
+
+def _fill(groups: list[list[str]], first_names: Mapping[str, str]) -> Iterator[UnitPlan]:
+    """Give each parameter to the innermost unit that holds it, and merge units over ties."""
+    held: dict[str, int] = {}
+    home = {module: index for index, group in enumerate(groups) for module in group}
+    merged = list(range(len(groups) + 1))
+    root = len(groups)
+
+    def find(index: int) -> int:
+        while merged[index] != index:
+            index = merged[index]
+        return index
+
+    for name, first in first_names.items():
+        path = name
+        while path and path not in home:
+            path = path.rpartition(".")[0]
+        unit = find(home[path]) if path else root
+        if first in held and find(held[first]) != unit:
+            one, two = sorted((find(held[first]), unit))
+            # The root holds whatever is in no unit: what merges with it belongs to it.
+            merged[one if two == root else two] = two if two == root else one
+        held.setdefault(first, unit)
+    for index in [*range(len(groups)), root]:
+        if find(index) != index:
+            continue
+        modules = [m for other, group in enumerate(groups) if find(other) == index for m in group]
+        params = tuple(name for name, unit in held.items() if find(unit) == index)
+        if index == root:
+            yield UnitPlan(name="", modules=(), params=params)
+        else:
+            yield UnitPlan(name="+".join(modules), modules=tuple(modules), params=params)
+
+
+def resolve_attributes(
+    rules: Rules, modules: Mapping[str, object], degrees: Mapping[str, int]
+) -> tuple[dict[str, dict[str, int]], list[Diagnostic]]:
+    """Module -> attribute -> local value, for `attributes=`; SS211 for an unknown place, SS301 for an uneven one."""
+    from shardspec.spec import SpecError, parse
+
+    local: dict[str, dict[str, int]] = {}
+    found: list[Diagnostic] = []
+    for pattern, named in rules.attributes.items():
+        hits = [name for name in modules if re.fullmatch(pattern, name)]
+        if not hits:
+            found.append(_unknown(rules, pattern, "attributes"))
+        for attribute, text in named.items():
+            try:
+                axes = parse(text).axes
+            except SpecError as error:
+                found.append(
+                    Diagnostic(code="SS103", what=f"spec cannot be read: {error}", locations=(rules.line_of(pattern),))
+                )
+                continue
+            share = 1
+            for axis in axes:
+                share *= degrees.get(axis, 1)
+            for name in hits:
+                value = getattr(modules[name], attribute, None)
+                if not isinstance(value, int) or isinstance(value, bool):
+                    found.append(
+                        Diagnostic(
+                            code="SS211",
+                            what=f"{name} has no attribute {attribute} that holds a size",
+                            why=f"attributes= names whole numbers; {attribute} is {value!r}",
+                            locations=(rules.line_of(pattern),),
+                        )
+                    )
+                    break
+                if value % share:
+                    found.append(
+                        Diagnostic(
+                            code="SS301",
+                            what=f"{attribute}={value} cannot be split over {' x '.join(axes)}={share}",
+                            why=f"{share} does not divide {value} ({name})",
+                            locations=(rules.line_of(pattern),),
+                        )
+                    )
+                    break
+                local.setdefault(name, {})[attribute] = value // share
+    return local, found
