@@ -15,8 +15,9 @@ from shardspec.diagnostics import Diagnostic, Location, ShardingError, refuse
 from shardspec.dryrun import dry_run
 from shardspec.infer import Inference, TypedGraph, absolute
 from shardspec.layout import Layout
-from shardspec.mesh import AXES, Mesh
-from shardspec.plan import Plan, UnitPlan
+from shardspec.mesh import AXES, Mesh, degree
+from shardspec.plan import ActivationPlan, ParamPlan, Plan, UnitPlan
+from shardspec.policy import Policy
 from shardspec.explain import explain_conflicts, explain_issues
 from shardspec.program import Graph, Program, Ref, tensors
 from shardspec.rules import attention, contraction, index, loss, pointwise, reduction, view
@@ -27,6 +28,7 @@ from shardspec.rules.match import (
     Table,
     assign,
     check_rank,
+    dims_of,
     idle_batch_axes,
     layout_of,
     learn_sizes,
@@ -268,23 +270,31 @@ class Compiler:
 
     names: Survey
     rules: Rules
+    policy: Policy = Policy()
     traces: list[tuple[Any, Program]] = field(factory=list)
 
-    def plan(self, mesh: Mesh, inputs: Mapping[str, Any], loss: Callable[..., Any] | None = None) -> Plan:
-        """The plan for one mesh and one shape of batch."""
+    def plan(
+        self,
+        mesh: Mesh,
+        inputs: Mapping[str, Any],
+        loss: Callable[..., Any] | None = None,
+        *,
+        training: bool | None = None,
+    ) -> Plan:
+        """The plan for one mesh and one shape of batch; `training` is the model's own mode where it is None."""
         with uncollected():
             table, units, attributes = self.declared(mesh)
             params, sizes, found = match_params(table, self.names, mesh)
             settle(found)
-            program = self.program(inputs, loss)
+            program = self.program(inputs, loss, training)
             points, found = match_points(table, self.names, program, sizes, mesh)
             settle(found)
             claims = Claims(table, params, points, sizes)
             typed = typecheck(program, claims, mesh, has_loss=loss is not None)
             settle(typed.diagnostics)
             layouts = {name: claim.layout for name, claim in params.items()}
-            settle(dry_run(self.names.model, typed.forward, program, layouts, attributes, inputs, loss))
-            plan = lower(typed, self.names, units, attributes, has_loss=loss is not None)
+            settle(dry_run(self.names.model, typed.forward, program, layouts, attributes, inputs, loss, training))
+            plan = lower(typed, self.names, units, attributes, self.policy, has_loss=loss is not None)
         return evolve(plan, legal=lambda world: self.legal_meshes(world, inputs, loss))
 
     def declared(self, mesh: Mesh) -> tuple[Table, tuple[UnitPlan, ...], dict[str, dict[str, int]]]:
@@ -298,22 +308,63 @@ class Compiler:
         settle([*unknown, *wrong, *unused_axes(table, mesh, pipelined=self.rules.pipeline is not None), *unbuilt(mesh)])
         return table, units, attributes
 
-    def parameters(self, mesh: Mesh) -> None:
-        """Check names and parameters alone, where no batch is known yet."""
-        table, _, _ = self.declared(mesh)
-        settle(match_params(table, self.names, mesh)[2])
+    def static(
+        self, mesh: Mesh
+    ) -> tuple[dict[str, ParamPlan], tuple[UnitPlan, ...], dict[str, dict[str, int]]]:
+        """What holds for every batch: parameters (what they owe is not known yet), units, attributes."""
+        table, units, attributes = self.declared(mesh)
+        claims, _, found = match_params(table, self.names, mesh)
+        settle(found)
+        return lowering.lower_params(claims, self.names, {}, units, mesh), units, attributes
 
-    def program(self, inputs: Mapping[str, Any], loss: Callable[..., Any] | None) -> Program:
+    def entries(self, mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, ActivationPlan]:
+        """The plans of a global batch's entries.
+
+        Raises:
+            ShardingError: SS202 for an entry that no rule claims, SS205 and SS301 for one that does not fit.
+        """
+        table, found = parse_table(self.rules)
+        known = match_params(table, self.names, mesh)[1].known
+        shapes = {name: tuple(item.shape) for name, item in batch.items() if isinstance(item, torch.Tensor)}
+        claimed, wrong = assign(table.activations, shapes, total=True, what="batch entry", alive=lambda _: True)
+        found += wrong
+        plans: dict[str, ActivationPlan] = {}
+        for name, entry in claimed.items():
+            problem = check_rank(entry, name, shapes[name])
+            if problem is None:
+                layout, _, problem = layout_of(entry, name, shapes[name], known, mesh, storage=False)
+                plans[name] = lowering.entry_plan(name, entry, layout, str(batch[name].dtype))
+            found += [problem] if problem else []
+        settle(found)
+        return plans
+
+    def global_shapes(self, mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The whole batch that a local one is a part of, on meta."""
+        table, _ = parse_table(self.rules)
+        whole: dict[str, Any] = {}
+        for name, item in batch.items():
+            entry = next((entry for entry in table.activations if entry.regex.fullmatch(name)), None)
+            if not isinstance(item, torch.Tensor) or entry is None or len(entry.spec.dims) > item.ndim:
+                whole[name] = item
+                continue
+            dims = dims_of(entry.spec, item.ndim)
+            shape = [length * degree(mesh, dim.all_axes) for length, dim in zip(item.shape, dims, strict=False)]
+            whole[name] = torch.empty(shape, dtype=item.dtype, device="meta")
+        return whole
+
+    def program(self, inputs: Mapping[str, Any], loss: Callable[..., Any] | None, training: bool | None) -> Program:
         """The trace for a shape of batch, made once."""
-        key = (batch_key(inputs), loss)
+        key = (batch_key(inputs), loss, training)
         for known, program in self.traces:
             if known == key:
                 return program
         check_inputs(inputs, self.names)
         try:
-            program, _ = trace(self.names.model, inputs, loss)
+            program, _ = trace(self.names.model, inputs, loss, training)
         except HostRead as error:
             raise ShardingError([host_read(error)]) from error
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+            raise ShardingError([lowering.failed(error, inputs)]) from error
         self.traces.append((key, program))
         return program
 
@@ -395,6 +446,7 @@ def lower(
     names: Survey,
     units: tuple[UnitPlan, ...],
     attributes: Mapping[str, Mapping[str, int]],
+    policy: Policy,
     *,
     has_loss: bool,
 ) -> Plan:
@@ -404,16 +456,17 @@ def lower(
         ShardingError: SS307, SS308 and SS310, for gradients or a loss that no reduction makes right.
     """
     owed, found = lowering.owed_axes(typed)
-    params = lowering.lower_params(typed, names, owed, units)
+    params = lowering.lower_params(typed.claims.params, names, owed, units, typed.mesh)
     found += lowering.check_storage(params, typed.claims)
     loss, wrong = lowering.lower_loss(typed) if has_loss else (None, [])
     settle([*found, *wrong])
     activations, entries = lowering.lower_activations(typed)
+    last = lowering.last_unit(typed, units)
     collectives = lowering.folded_collectives(
         [
-            *lowering.point_collectives(typed),
+            *lowering.point_collectives(typed, lowering.recomputed(units, policy)),
             *lowering.substitution_collectives(typed),
-            *lowering.unit_collectives(params, units, typed.mesh, lowering.last_unit(typed, units)),
+            *lowering.unit_collectives(params, units, typed.mesh, last, policy),
             *lowering.step_collectives(params, typed.mesh, loss),
         ]
     )
@@ -429,4 +482,5 @@ def lower(
         attributes=attributes,
         loss=loss,
         output=lowering.output_layouts(typed),
+        last_unit=last,
     )

@@ -4,8 +4,6 @@ The typing says what each rank's call must be; this finds the model that makes a
 written into a `view`, an `arange` over a local length, a division by a local width.
 """
 
-import re
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,12 +11,12 @@ import torch
 from attrs import define
 from torch import nn
 
-from shardspec.diagnostics import Diagnostic, Location
+from shardspec.diagnostics import Diagnostic
 from shardspec.infer import TypedGraph, absolute
 from shardspec.layout import Layout
 from shardspec.program import Graph, Node, Program, Ref, Value, substitute, tensors
 from shardspec.rules.operator import Type, named_arguments
-from shardspec.tracing import HostRead, Tracer, distinct, run, tensor_leaves, twin
+from shardspec.tracing import HostRead, Tracer, distinct, run, tensor_leaves, twin, user_frame
 
 SILENT = frozenset({"detach", "clone", "contiguous", "alias", "lift_fresh"})
 """Operators whose presence may differ: they copy or rename."""
@@ -146,9 +144,12 @@ def dry_run(
     attributes: Mapping[str, Mapping[str, int]],
     inputs: Mapping[str, Any],
     loss_fn: Callable[..., Any] | None,
+    training: bool | None = None,
 ) -> list[Diagnostic]:
     """SS309 for each place where the local program is not the image of the typed one."""
     local = local_twin(model, layouts, attributes)
+    if training is not None:
+        local.train(training)
     image = Program()
     tracer = Replayer(image, local, typed)
     tracer.attach()
@@ -178,14 +179,11 @@ def _compare_all(tracer: Replayer) -> list[Diagnostic]:
 
 
 def _crash(error: Exception) -> Diagnostic:
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not re.search(r"[/\\](torch|shardspec)[/\\]", frame.filename)]
-    frame = frames[-1] if frames else None
-    place = (Location(file=frame.filename, line=frame.lineno or 0, text=frame.line or ""),) if frame else ()
     return Diagnostic(
         code="SS309",
         what="the model fails on a rank's local shapes",
         why=str(error).splitlines()[0] if str(error) else type(error).__name__,
-        locations=place,
+        locations=user_frame(error),
         advice=("take sizes from the tensors at hand, or name the attribute that holds a global size in attributes=",),
     )
 

@@ -11,13 +11,15 @@ from shardspec.cotangent import Backward
 from shardspec.diagnostics import Diagnostic, Location
 from shardspec.infer import TypedGraph, absolute
 from shardspec.layout import Layout, dim_axes
-from shardspec.mesh import AXES, Mesh, degree
+from shardspec.mesh import AXES, BATCH_AXES, Mesh, degree
 from shardspec.moves import Move
 from shardspec.plan import ActivationPlan, Collective, LossPlan, ParamPlan, PointPlan, Substitution, UnitPlan
 from shardspec.placement import stored_shape
+from shardspec.policy import Policy, chosen
 from shardspec.program import Ref, tensors
-from shardspec.rules.match import fold
+from shardspec.rules.match import Entry, ParamClaim, dims_of, fold
 from shardspec.stages import Claims, Survey, TypedProgram
+from shardspec.tracing import user_frame
 
 
 def in_order(axes: Any) -> tuple[str, ...]:
@@ -63,14 +65,17 @@ def calls(typed: TypedGraph, back: Backward | None, fqn: str) -> Iterator[tuple[
 
 
 def lower_params(
-    typed: TypedProgram, names: Survey, owed: Mapping[str, frozenset[str]], units: tuple[UnitPlan, ...]
+    claims: Mapping[str, ParamClaim],
+    names: Survey,
+    owed: Mapping[str, frozenset[str]],
+    units: tuple[UnitPlan, ...],
+    mesh: Mesh,
 ) -> dict[str, ParamPlan]:
     """A plan for every parameter and buffer."""
-    mesh = typed.mesh
-    origin = dict.fromkeys(mesh.axes, 0)
+    origin = dict.fromkeys(AXES, 0)
     unit_of = {name: unit.name for unit in units for name in unit.params}
     plans: dict[str, ParamPlan] = {}
-    for name, claim in typed.claims.params.items():
+    for name, claim in claims.items():
         known = names.parameters[name]
         plan = ParamPlan(
             spec=str(claim.entry.rule.value),
@@ -89,7 +94,7 @@ def lower_params(
             unit=unit_of.get(known.first, ""),
             mesh_sizes=mesh.shape,
         )
-        plans[name] = evolve(plan, local_shape=stored_shape(plan, {**dict.fromkeys(AXES, 0), **origin}, mesh))
+        plans[name] = evolve(plan, local_shape=stored_shape(plan, origin, mesh))
     return plans
 
 
@@ -130,8 +135,8 @@ def lower_points(typed: TypedProgram) -> dict[str, PointPlan]:
     return points
 
 
-def point_collectives(typed: TypedProgram) -> Iterator[Collective]:
-    """The collectives of declared points, forward and backward."""
+def point_collectives(typed: TypedProgram, again: tuple[str, ...]) -> Iterator[Collective]:
+    """The collectives of declared points, forward and backward; those inside `again` run once more in backward."""
     sizes = typed.mesh.shape
     for fqn, graph, back in calls(typed.forward, typed.backward, ""):
         for position, step in graph.transitions.items():
@@ -139,6 +144,8 @@ def point_collectives(typed: TypedProgram) -> Iterator[Collective]:
             value = graph.graph.values[node.args[0].index]
             name = fold(absolute(fqn, graph.names[position]))
             phases = [("forward", step.moves), ("backward", back.moves.get(position, ()) if back else ())]
+            if any(absolute(fqn, graph.names[position]).startswith(f"{module}.") for module in again):
+                phases.append(("backward", step.moves))
             for phase, moves in phases:
                 for move in moves:
                     if move.is_collective:
@@ -149,7 +156,9 @@ def point_collectives(typed: TypedProgram) -> Iterator[Collective]:
                         )
 
 
-def unit_collectives(params: Mapping[str, ParamPlan], units: tuple[UnitPlan, ...], mesh: Mesh, last: str) -> Iterator[Collective]:
+def unit_collectives(
+    params: Mapping[str, ParamPlan], units: tuple[UnitPlan, ...], mesh: Mesh, last: str, policy: Policy
+) -> Iterator[Collective]:
     """What FSDP2 moves: gather forward, gather again backward (not the root, nor the last unit), scatter gradients."""
     for unit in units:
         stored = [params[name] for name in unit.params if params[name].storage]
@@ -161,7 +170,7 @@ def unit_collectives(params: Mapping[str, ParamPlan], units: tuple[UnitPlan, ...
         gathered = sum(whole)
         common = {"axes": in_order(axes), "where": where, "count": 1}
         yield Collective(kind="all_gather", phase="forward", bytes=gathered, why="parameters", **common)
-        if unit.name not in ("", last):
+        if unit.name not in ("", last) and chosen(policy.reshard_after_forward, unit.name):
             yield Collective(kind="all_gather", phase="backward", bytes=gathered, why="parameters", **common)
         trained = sum(size for size, plan in zip(whole, stored, strict=True) if plan.trained)
         if trained:
@@ -262,10 +271,7 @@ def lower_activations(typed: TypedProgram) -> tuple[dict[str, ActivationPlan], d
     program, points = typed.program, typed.claims.points
     for name, index in program.entries.items():
         value = program.values[index]
-        entries[name] = ActivationPlan(
-            name=name, layout=typed.forward.layout(index), rule=points[name].rule.pattern,
-            dtype=str(value.dtype).removeprefix("torch."),
-        )
+        entries[name] = entry_plan(name, points[name], typed.forward.layout(index), str(value.dtype))
     found: dict[str, ActivationPlan] = dict(entries)
     for fqn, graph, _ in calls(typed.forward, typed.backward, ""):
         for position, node in enumerate(graph.graph.nodes):
@@ -283,6 +289,15 @@ def lower_activations(typed: TypedProgram) -> tuple[dict[str, ActivationPlan], d
                 dtype=str(graph.graph.values[target].dtype).removeprefix("torch."),
             )
     return found, entries
+
+
+def entry_plan(name: str, entry: Entry, layout: Layout, dtype: str) -> ActivationPlan:
+    """The plan of a batch entry."""
+    axes = [dim.all_axes for dim in dims_of(entry.spec, len(layout.dims))]
+    batch_dim = next((index for index, on in enumerate(axes) if any(axis in BATCH_AXES for axis in on)), None)
+    return ActivationPlan(
+        name=name, layout=layout, rule=entry.rule.pattern, dtype=dtype.removeprefix("torch."), batch_dim=batch_dim
+    )
 
 
 def lower_loss(typed: TypedProgram) -> tuple[LossPlan | None, list[Diagnostic]]:
@@ -351,3 +366,23 @@ def last_unit(typed: TypedProgram, units: tuple[UnitPlan, ...]) -> str:
         if path:
             return home[path]
     return ""
+
+
+def failed(error: Exception, inputs: Mapping[str, Any]) -> Diagnostic:
+    """SS402 for a forward or a loss that does not run on the batch's shapes, whatever the mesh."""
+    shapes = ", ".join(
+        f"{name} {tuple(item.shape)} {str(item.dtype).removeprefix('torch.')}" if hasattr(item, "dtype") else name
+        for name, item in inputs.items()
+    )
+    message = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return Diagnostic(
+        code="SS402",
+        what=f"the model does not run on this batch: {message}",
+        why=f"run once on meta tensors, before any layout matters; the batch is {shapes}",
+        locations=user_frame(error),
+    )
+
+
+def recomputed(units: tuple[UnitPlan, ...], policy: Policy) -> tuple[str, ...]:
+    """The modules whose forward runs again in backward."""
+    return tuple(module for unit in units for module in unit.modules if chosen(policy.remat, module))

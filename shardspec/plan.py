@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 from attrs import field, frozen
 
-from shardspec.layout import Layout
+from shardspec.layout import Layout, canonical
 from shardspec.mesh import Mesh
 from shardspec.moves import Move
 
@@ -62,6 +62,17 @@ class ActivationPlan:
     before: Layout | None = None
     """What was inferred, where the rule changes it."""
     dtype: str = ""
+    batch_dim: int | None = None
+    """The dim that the rule lays over batch axes: microbatches are cut there."""
+
+    def microbatch(self, count: int) -> Layout:
+        """The layout of one of `count` microbatches."""
+        dims = list(self.layout.dims)
+        assert self.batch_dim is not None, "an entry with no batch dim is not cut"
+        *axes, rows = dims[self.batch_dim]
+        assert isinstance(rows, int), "a batch dim ends in its local rows"
+        dims[self.batch_dim] = canonical((*axes, rows // count))
+        return Layout(tuple(dims))
 
 
 @frozen(kw_only=True)
@@ -141,6 +152,8 @@ class Plan:
     """Module -> attribute -> its local value."""
     loss: LossPlan | None = None
     output: tuple[Layout, ...] = ()
+    last_unit: str = ""
+    """The unit that runs last, which stays gathered until its backward."""
     legal: Any = field(default=None, eq=False, repr=False)
     """Checks another mesh; absent from a plan that was read from a file."""
 
@@ -148,6 +161,14 @@ class Plan:
         from shardspec.report import render
 
         return render(self)
+
+    @property
+    def local_calls(self) -> dict[str, dict[tuple[str, int], Substitution]]:
+        """Module -> (function, n-th call) -> its local form."""
+        calls: dict[str, dict[tuple[str, int], Substitution]] = {}
+        for entry in self.substitutions:
+            calls.setdefault(entry.path, {})[(entry.function, entry.ordinal)] = entry
+        return calls
 
     @property
     def hash(self) -> str:

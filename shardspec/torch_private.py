@@ -1,9 +1,79 @@
 """The only file that imports torch's private names; each with what it is for."""
 
-from torch.distributed.tensor import Placement
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
 
 
 def strided_shard(dim: int, split_factor: int) -> Placement:
     """A shard of a dim that another placement has cut into `split_factor` parts first."""
     return _StridedShard(dim, split_factor=split_factor)
+
+
+def make_spec(mesh: DeviceMesh, placements: tuple[Placement, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """What a DTensor needs to know beside its local tensor; made once, shared by every view."""
+    stride: list[int] = []
+    step = 1
+    for length in reversed(shape):
+        stride.insert(0, step)
+        step *= max(length, 1)
+    return DTensorSpec(mesh, placements, tensor_meta=TensorMeta(torch.Size(shape), tuple(stride), dtype))
+
+
+def view_as_dtensor(local: Tensor, spec: Any) -> DTensor:
+    """A DTensor over a local tensor, without a copy or a check: 2 us, where `from_local` takes 38."""
+    return DTensor(local, spec, requires_grad=False)  # pyright: ignore[reportCallIssue]
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """A DTensor's local tensor itself, outside autograd; a plain tensor is its own."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def replace_local(tensor: DTensor, local: Tensor) -> None:
+    """Put another local tensor under a DTensor."""
+    tensor._local_tensor = local
+
+
+def fsdp_records(root: nn.Module) -> dict[str, Any]:
+    """FQN -> FSDP2's record of each parameter that it manages."""
+    names = {id(parameter): name for name, parameter in root.named_parameters()}
+    records: dict[str, Any] = {}
+    for module in root.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            for record in group.fsdp_params:
+                records[names[id(record.sharded_param)]] = record
+    return records
+
+
+def bind_fsdp(record: Any, local: Tensor) -> None:
+    """Have FSDP2 gather a parameter from `local`, whose storage becomes the parameter's.
+
+    Rows that pad the last shard are added in a copy where `local` is not already a view into padded rows.
+    """
+    size = record.padded_sharded_param_size
+    if local.size() == size and local.is_contiguous():
+        padded = local
+    elif local._base is not None and local._base.size() == size and local.storage_offset() == local._base.storage_offset():
+        padded = local._base
+    else:
+        padded = local.new_zeros(size)
+        if local.numel():
+            padded.narrow(record.fsdp_placement.dim, 0, local.size(record.fsdp_placement.dim)).copy_(local)
+    record._sharded_param_data = padded.view(-1)
+    record.sharded_param._local_tensor = local
+
+
+def empty_padded(record: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A local tensor of `shape` for a parameter of FSDP2, lying in zeroed rows that pad it."""
+    dim = record.fsdp_placement.dim
+    padded = torch.zeros(record.padded_sharded_param_size, dtype=dtype, device=device)
+    return padded if tuple(padded.shape) == shape else padded.narrow(dim, 0, shape[dim] if padded.numel() else 0)

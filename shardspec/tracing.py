@@ -5,6 +5,7 @@ import functools
 import inspect
 import os
 import sys
+import traceback
 import types
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shardspec.diagnostics import Location
 from shardspec.functional import name
 from shardspec.program import Block, BlockCall, Graph, Node, Program, Ref, Value, tensors
 from shardspec.rules.operator import RULES
@@ -686,7 +688,10 @@ def _on_meta(arg: Any) -> Any:
 
 
 def trace(
-    model: nn.Module, inputs: Mapping[str, Any], loss_fn: Callable[..., Any] | None = None
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    loss_fn: Callable[..., Any] | None = None,
+    training: bool | None = None,
 ) -> tuple[Program, nn.Module]:
     """Record forward, and the loss if one is given, on the global shapes; the model is only read.
 
@@ -700,6 +705,8 @@ def trace(
         HostRead: the model reads a value that is not known before it runs.
     """
     ghost = twin(model, to_meta)
+    if training is not None:
+        ghost.train(training)
     program = Program()
     tracer = Recorder(program, ghost)
     tracer.attach()
@@ -742,3 +749,12 @@ def required_arguments(model: nn.Module) -> list[str]:
         for name in forward_arguments(model)
         if parameters[name].default is inspect.Parameter.empty
     ]
+
+
+def user_frame(error: BaseException) -> tuple[Location, ...]:
+    """The line of the model at which an error surfaced, if it came from one."""
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((_HERE, _TORCH))
+    ]
+    inner = [frame for frame in frames if "importlib" not in frame.filename]
+    return (Location(file=inner[-1].filename, line=inner[-1].lineno or 0, text=inner[-1].line or ""),) if inner else ()

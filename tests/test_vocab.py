@@ -11,6 +11,7 @@ import torch._dynamo  # before the fork, so that no child pays for the import
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from shardspec.functional import cross_entropy
 from shardspec.runtime import vocab
 
 V, D = 24, 5
@@ -170,7 +171,7 @@ def test_only_the_logits_are_saved_at_their_size():
 )
 def test_the_plain_form_returns_sum_and_weight(dtype, of_pair):
     logits = draw(4, 3, V, dtype=dtype)
-    total, weight = vocab.cross_entropy(logits, LABELS)
+    total, weight = cross_entropy(logits, LABELS)
     expected = F.cross_entropy(logits.to(of_pair).flatten(0, 1), LABELS.flatten(), reduction="sum")
     assert torch.equal(total, expected)
     assert weight == 10
@@ -178,7 +179,7 @@ def test_the_plain_form_returns_sum_and_weight(dtype, of_pair):
 
 
 def test_the_plain_form_runs_on_meta():
-    total, weight = vocab.cross_entropy(draw(4, 3, V).to("meta"), LABELS.to("meta"))
+    total, weight = cross_entropy(draw(4, 3, V).to("meta"), LABELS.to("meta"))
     assert total.is_meta
     assert weight.shape == ()
 
@@ -190,7 +191,7 @@ def test_labels_and_ids_out_of_range_are_refused_with_their_place(value):
     outside = rf"{value} at \[1, 2\] is outside \[0, 24\)"
     message = rf"label {outside} and is not ignore_index=-100 \(2 such labels\)"
     with pytest.raises(ValueError, match=message):
-        vocab.cross_entropy(draw(4, 3, V), labels)
+        cross_entropy(draw(4, 3, V), labels)
     with pytest.raises(ValueError, match=message):
         vocab.cross_entropy_sharded(draw(4, 3, V), labels, 0, V, None)
     with pytest.raises(ValueError, match=rf"id {outside} \(2 such ids\)"):
@@ -199,4 +200,4 @@ def test_labels_and_ids_out_of_range_are_refused_with_their_place(value):
 
 def test_labels_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"labels \[3, 4\] do not match logits \[4, 3, 24\]"):
-        vocab.cross_entropy(draw(4, 3, V), LABELS.reshape(3, 4))
+        cross_entropy(draw(4, 3, V), LABELS.reshape(3, 4))

@@ -12,29 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from shardspec.functional import accumulation_dtype, check_range, check_shapes, count
+
 # Elements of one temporary of the row-wise passes: 64 MiB in float32, so that bf16 logits are never
 # held a second time in float32.
 CHUNK_ELEMENTS = 1 << 24
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
-    """Return (sum of the negative log likelihoods, number of unmasked tokens), both 0-dim.
-
-    logits [..., V], labels [...] integers in [0, V) or `ignore_index`. The pair is float32 for half
-    precision logits, else of the logits' dtype; the second is detached. A label that is neither is a
-    ValueError on the CPU and a device-side assertion elsewhere.
-    """
-    size_V = logits.shape[-1]
-    _check_shapes(logits, labels)
-    _check_range(labels, size_V, "label", ignore_index)
-    dtype = _accumulation_dtype(logits.dtype)
-    total = F.cross_entropy(
-        logits.reshape(-1, size_V).to(dtype),
-        labels.reshape(-1).long(),
-        ignore_index=ignore_index,
-        reduction="sum",
-    )
-    return total, _count(labels, ignore_index, dtype)
 
 
 def cross_entropy_sharded(
@@ -51,11 +33,11 @@ def cross_entropy_sharded(
     the gradient that comes back. `group=None` is a world of one. Two collectives forward (a max, and one
     sum for both normaliser and picked logit), none backward. Megatron-LM, arXiv:1909.08053, section 3.
     """
-    _check_shapes(logits, labels)
+    check_shapes(logits, labels)
     if first < 0 or first + logits.shape[-1] > size_V:
         raise ValueError(f"columns [{first}, {first + logits.shape[-1]}) are not within [0, {size_V})")
-    _check_range(labels, size_V, "label", ignore_index)
-    weight = _count(labels, ignore_index, _accumulation_dtype(logits.dtype))
+    check_range(labels, size_V, "label", ignore_index)
+    weight = count(labels, ignore_index, accumulation_dtype(logits.dtype))
     return _ShardedCrossEntropy.apply(logits, labels, first, group, ignore_index), weight
 
 
@@ -68,7 +50,7 @@ def embedding_sharded(
     gradient reaches own rows only, and never row `padding_idx` (global), as in `F.embedding`. An id
     outside [0, size_V) is a ValueError on the CPU and a device-side assertion elsewhere.
     """
-    _check_range(ids, size_V, "id")
+    check_range(ids, size_V, "id")
     if padding_idx is not None and padding_idx < 0:
         padding_idx += size_V
     return _ShardedEmbedding.apply(weight, ids, first, padding_idx)
@@ -88,7 +70,7 @@ class _ShardedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         logits_Nv = logits.reshape(-1, logits.shape[-1])
         labels_N = labels.reshape(-1).long()
-        dtype = _accumulation_dtype(logits.dtype)
+        dtype = accumulation_dtype(logits.dtype)
         max_N = logits_Nv.amax(-1).to(dtype)
         if group is not None:
             dist.all_reduce(max_N, dist.ReduceOp.MAX, group=group)
@@ -155,37 +137,3 @@ def _localise(ids: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
 def _row_chunks(tensor_Nv: Tensor) -> Iterator[slice]:
     rows = max(1, CHUNK_ELEMENTS // max(1, tensor_Nv.shape[1]))
     return (slice(start, start + rows) for start in range(0, tensor_Nv.shape[0], rows))
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def _count(labels: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    return (labels != ignore_index).sum().to(dtype)
-
-
-def _check_shapes(logits: Tensor, labels: Tensor) -> None:
-    # Flattened, [2, 3] and [3, 2] would agree silently.
-    if logits.shape[:-1] != labels.shape:
-        raise ValueError(f"labels {list(labels.shape)} do not match logits {list(logits.shape)} without V")
-
-
-def _check_range(ids: Tensor, size_V: int, noun: str, ignore_index: int | None = None) -> None:
-    """Refuse ids outside [0, size_V) other than ignore_index, without a sync on an accelerator."""
-    if ids.is_meta:
-        return
-    good = (ids >= 0) & (ids < size_V)
-    if ignore_index is not None:
-        good |= ids == ignore_index
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(good.all(), f"{noun} outside [0, {size_V})")  # pyright: ignore[reportPrivateUsage]
-    elif not good.all():
-        _raise_out_of_range(ids, (~good).nonzero(), size_V, noun, ignore_index)
-
-
-def _raise_out_of_range(ids: Tensor, bad: Tensor, size_V: int, noun: str, ignore_index: int | None) -> None:
-    where = tuple(bad[0].tolist())
-    excepted = "" if ignore_index is None else f" and is not ignore_index={ignore_index}"
-    more = f" ({len(bad)} such {noun}s)" if len(bad) > 1 else ""
-    raise ValueError(f"{noun} {ids[where].item()} at {list(where)} is outside [0, {size_V}){excepted}{more}")

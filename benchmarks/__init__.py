@@ -1,0 +1,1 @@
+"""Time and memory of shardspec against training steps written by hand: `python -m benchmarks.bench`."""

@@ -1,0 +1,218 @@
+"""Build a rank's own model: local parameters, FSDP2 units, real buffers. The model given is left as it was."""
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from attrs import define, field
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.utils.checkpoint import checkpoint
+
+from shardspec.layout import Layout
+from shardspec.mesh import Mesh
+from shardspec.placement import digits_index
+from shardspec.plan import ParamPlan, UnitPlan
+from shardspec.policy import Policy, chosen
+from shardspec.runtime.attach import Read, attach_read
+from shardspec.runtime.fabric import Fabric, storage_mesh
+from shardspec.runtime.init import Recipe, record
+from shardspec.torch_private import bind_fsdp, empty_padded, fsdp_records, local_of
+
+
+@define(eq=False)
+class Source:
+    """Where initial values come from: recipes, the given module's own tensors, or a loaded state dict."""
+
+    recipes: dict[str, Recipe] = field(factory=dict)
+    tensors: dict[str, Tensor] = field(factory=dict)
+
+
+@define(eq=False)
+class LocalModel:
+    """A rank's model, and the places where its parameters are put."""
+
+    module: nn.Module
+    params: dict[str, ParamPlan]
+    """First name -> plan, for parameters."""
+    slots: dict[str, nn.Parameter] = field(factory=dict)
+    """First name -> the Parameter, for those that FSDP2 does not manage."""
+    records: dict[str, Any] = field(factory=dict)
+    """First name -> FSDP2's record, for the others."""
+    bound: dict[str, Tensor] = field(factory=dict)
+
+    def bind(self, locals_: Mapping[str, Tensor]) -> None:
+        """Have the model compute with these local tensors."""
+        for name, local in locals_.items():
+            if self.bound.get(name) is local:
+                continue
+            if name in self.records:
+                bind_fsdp(self.records[name], local)
+            else:
+                self.slots[name].data = local
+            self.bound[name] = local
+
+    def gradients(self) -> dict[str, Tensor]:
+        """First name -> local gradient, for the trained parameters; zeros where the loss does not reach one."""
+        found: dict[str, Tensor] = {}
+        for name, plan in self.params.items():
+            if not plan.trained:
+                continue
+            record = self.records.get(name)
+            grad = record.sharded_param.grad if record is not None else self.slots[name].grad
+            found[name] = torch.zeros_like(self.bound[name]) if grad is None else local_of(grad)
+        return found
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients."""
+        for name in self.params:
+            owner = self.records[name].sharded_param if name in self.records else self.slots[name]
+            owner.grad = None
+
+    def reshard(self) -> None:
+        """Free what FSDP2 still holds gathered, so that the next forward gathers anew."""
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Storage for a rank's part of a parameter."""
+        if name in self.records:
+            return empty_padded(self.records[name], shape, dtype, device)
+        return torch.empty(shape, dtype=dtype, device=device)
+
+
+def build_source(model: nn.Module | Callable[[], nn.Module]) -> tuple[nn.Module, Source]:
+    """A module of one's own with parameters on meta and buffers as they were made, and where values come from."""
+    if not isinstance(model, nn.Module):
+        module, recipes = record(model)
+        return module, Source(recipes=recipes)
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+    source = {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.device.type != "meta"}
+    return copy.deepcopy(model, memo), Source(tensors=source)
+
+
+def apply(
+    module: nn.Module,
+    params: Mapping[str, ParamPlan],
+    units: tuple[UnitPlan, ...],
+    attributes: Mapping[str, Mapping[str, int]],
+    fabric: Fabric,
+    policy: Policy,
+) -> LocalModel:
+    """Turn a module of our own into this rank's: the only function that changes a module."""
+    _localise(module, params, fabric)
+    for path, named in attributes.items():
+        for name, value in named.items():
+            setattr(module.get_submodule(path), name, value)
+    for unit in units:
+        for path in unit.modules:
+            _wrap(module, path, policy)
+    own = {name: plan for name, plan in params.items() if plan.first == name and not plan.buffer}
+    stored = any(plan.storage for plan in own.values())
+    if stored:
+        _fully_shard(module, own, units, fabric, policy)
+    found = LocalModel(module, own)
+    if stored:
+        found.records = fsdp_records(module)
+    _materialise(found, params, fabric, policy)
+    return found
+
+
+def _localise(module: nn.Module, params: Mapping[str, ParamPlan], fabric: Fabric) -> None:
+    """Give every parameter its compute shape, on meta, and every buffer its part, on the device."""
+    made: dict[str, nn.Parameter] = {}
+    for path, child in module.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, tensor in list(child._parameters.items()):  # noqa: SLF001
+            if tensor is None:
+                continue
+            plan = params[prefix + name]
+            if plan.first not in made:
+                local = torch.empty(plan.layout.shape, dtype=tensor.dtype, device="meta")
+                made[plan.first] = nn.Parameter(local, requires_grad=tensor.requires_grad)
+            child._parameters[name] = made[plan.first]
+        for name, tensor in list(child._buffers.items()):
+            if tensor is not None and tensor.device.type != "meta":
+                part = local_part(tensor, params[prefix + name].layout, fabric.coordinate, fabric.mesh)
+                child._buffers[name] = part.to(fabric.device)
+
+
+def local_part(tensor: Tensor, layout: Layout, coordinate: Mapping[str, int], mesh: Mesh) -> Tensor:
+    """A rank's part of a whole tensor."""
+    for dim, digits in enumerate(layout.dims):
+        if any(isinstance(digit, str) for digit in digits):
+            tensor = tensor.index_select(dim, digits_index(digits, coordinate, mesh).to(tensor.device))
+    return tensor
+
+
+def _wrap(module: nn.Module, path: str, policy: Policy) -> None:
+    child = module.get_submodule(path)
+    if chosen(policy.remat, path):
+        child.forward = functools.partial(checkpoint, child.forward, use_reentrant=False)
+    if chosen(policy.compile, path):
+        child.compile()
+
+
+def _fully_shard(
+    module: nn.Module, params: Mapping[str, ParamPlan], units: tuple[UnitPlan, ...], fabric: Fabric, policy: Policy
+) -> None:
+    """FSDP2 on every unit that stores anything, the root last; gradients are sums."""
+    named = dict(module.named_parameters())
+    dims = {id(parameter): params[name].storage_dim for name, parameter in named.items()}
+    ignored = {named[name] for name, plan in params.items() if not plan.storage}
+    precision = MixedPrecisionPolicy(param_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype)
+    axes = next(plan.storage for plan in params.values() if plan.storage)
+    mesh = storage_mesh(fabric, axes)
+    common: dict[str, Any] = {
+        "mesh": mesh,
+        "shard_placement_fn": lambda parameter: Shard(dims[id(parameter)]),
+        "mp_policy": precision,
+        "ignored_params": ignored,
+    }
+    for unit in units:
+        if unit.modules and any(params[name].storage for name in unit.params):
+            children = [module.get_submodule(path) for path in unit.modules]
+            reshard = chosen(policy.reshard_after_forward, unit.name)
+            fully_shard(children[0] if len(children) == 1 else children, reshard_after_forward=reshard, **common)
+    fully_shard(module, **common)
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            # Both are needed for a plain sum: the second alone still divides, the first alone wants PREMUL_SUM.
+            child.set_gradient_divide_factor(1.0)
+            child.set_force_sum_reduction_for_comms(True)
+            if hasattr(child, "set_reduce_scatter_unused_params"):
+                child.set_reduce_scatter_unused_params(True)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _materialise(found: LocalModel, params: Mapping[str, ParamPlan], fabric: Fabric, policy: Policy) -> None:
+    """Storage for every parameter; those outside FSDP2 become plain parameters on the device."""
+    slots: dict[str, nn.Parameter] = {}
+    for path, child in found.module.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, tensor in list(child._parameters.items()):
+            if tensor is None:
+                continue
+            plan = params[prefix + name]
+            if plan.first in found.records:
+                continue
+            if plan.first not in slots:
+                local = torch.empty(tensor.shape, dtype=tensor.dtype, device=fabric.device)
+                slots[plan.first] = nn.Parameter(local, requires_grad=tensor.requires_grad)
+            child._parameters[name] = slots[plan.first]
+            _read(child, name, plan, policy)
+    found.slots = slots
+
+
+def _read(child: nn.Module, name: str, plan: ParamPlan, policy: Policy) -> None:
+    share = 1
+    for axis, _ in plan.layout.pending:
+        share *= plan.mesh_sizes[axis]
+    dtype = policy.param_dtype if plan.dtype.startswith(("float", "bfloat")) else None
+    if share > 1 or dtype is not None:
+        attach_read(Read(child, name, share, dtype))

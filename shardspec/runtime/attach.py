@@ -1,0 +1,229 @@
+"""Attach a plan's points to the modules of the runtime's own copy of a model."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from attrs import define, field
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+from torch.overrides import TorchFunctionMode
+
+from shardspec.functional import cross_entropy, name
+from shardspec.plan import PointPlan, Substitution
+from shardspec.runtime.boundary import pass_point
+from shardspec.runtime.fabric import Fabric
+from shardspec.runtime.vocab import cross_entropy_sharded, embedding_sharded
+
+
+@define(eq=False)
+class Wiring:
+    """What the hooks read: the points and local calls of the plan that runs now."""
+
+    fabric: Fabric
+    points: Mapping[str, PointPlan] = field(factory=dict)
+    substitutions: Mapping[str, Mapping[tuple[str, int], Substitution]] = field(factory=dict)
+
+    def through(self, name: str, tensor: Any) -> Any:
+        """Take a tensor through the point of that name, if it does anything."""
+        point = self.points.get(name)
+        if point is None or not isinstance(tensor, Tensor):
+            return tensor
+        return pass_point(tensor, point.forward, point.backward, self.fabric)
+
+
+class Boundary(ParallelStyle):
+    """A module's declared points, as a style for `parallelize_module`."""
+
+    def __init__(self, fqn: str, wiring: Wiring, *, inputs: bool, outputs: bool) -> None:
+        self.fqn, self.wiring = fqn, wiring
+        self.inputs, self.outputs = inputs, outputs
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        del device_mesh
+        if self.inputs:
+            names = list(inspect.signature(type(module).forward).parameters)[1:]
+            module.register_forward_pre_hook(functools.partial(self._enter, names), with_kwargs=True)
+        if self.outputs:
+            module.register_forward_hook(self._leave)
+        return module
+
+    def _enter(self, names: list[str], _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        changed, first = list(args), True
+        for index, arg in enumerate(args):
+            if isinstance(arg, Tensor):
+                label = names[index] if index < len(names) else str(index)
+                changed[index] = self._input(label, arg, first)
+                first = False
+        named = dict(kwargs)
+        for key, arg in kwargs.items():
+            if isinstance(arg, Tensor):
+                named[key] = self._input(key, arg, first)
+                first = False
+        return tuple(changed), named
+
+    def _input(self, label: str, tensor: Tensor, first: bool) -> Tensor:
+        by_name = f"{self.fqn}:in.{label}"
+        key = f"{self.fqn}:in" if first and by_name not in self.wiring.points else by_name
+        return self.wiring.through(key, tensor)
+
+    def _leave(self, _module: nn.Module, _args: Any, out: Any) -> Any:
+        if isinstance(out, Tensor):
+            return self.wiring.through(self.fqn, out)
+        if isinstance(out, (tuple, list)):
+            items, first = list(out), True
+            for index, item in enumerate(items):
+                if isinstance(item, Tensor):
+                    items[index] = self.wiring.through(self.fqn if first else f"{self.fqn}:out.{index}", item)
+                    first = False
+            return type(out)(*items) if hasattr(out, "_fields") else type(out)(items)
+        if isinstance(out, Mapping):
+            first = True
+            for key, item in list(out.items()):
+                if isinstance(item, Tensor):
+                    out[key] = self.wiring.through(self.fqn if first else f"{self.fqn}:out.{key}", item)  # pyright: ignore[reportIndexIssue]
+                    first = False
+        return out
+
+
+class Local(TorchFunctionMode):
+    """While one module (or the loss) runs, calls whose local form is another one are replaced by it."""
+
+    def __init__(self, wiring: Wiring, path: str) -> None:
+        super().__init__()
+        self.wiring, self.path = wiring, path
+        self.table = wiring.substitutions.get(path, {})
+        self.counts = {"embedding": 0, "cross_entropy": 0}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is name:
+            return self.wiring.through(f"{self.path}.{args[1]}" if self.path else args[1], args[0])
+        found = FUNCTIONS.get(func)
+        if found is None:
+            return func(*args, **kwargs)
+        label, local = found
+        entry = self.table.get((label, self.counts[label]))
+        self.counts[label] += 1
+        return local(entry, self.wiring.fabric, *args, **kwargs) if entry else func(*args, **kwargs)
+
+
+def _embedding(
+    entry: Substitution, fabric: Fabric, ids: Tensor, weight: Tensor, padding_idx: int | None = None, *_: Any, **__: Any
+) -> Tensor:
+    first = fabric.place(entry.axes) * weight.shape[0]
+    return embedding_sharded(weight, ids, first, entry.size, padding_idx)
+
+
+def _cross_entropy(
+    entry: Substitution, fabric: Fabric, logits: Tensor, labels: Tensor, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    first = fabric.place(entry.axes) * logits.shape[-1]
+    return cross_entropy_sharded(logits, labels, first, entry.size, fabric.group(entry.axes), ignore_index)
+
+
+FUNCTIONS: dict[Any, tuple[str, Callable[..., Any]]] = {
+    F.embedding: ("embedding", _embedding),
+    cross_entropy: ("cross_entropy", _cross_entropy),
+}
+"""A function that a model calls -> its name in a plan, and its local form."""
+
+
+def split_points(points: Mapping[str, PointPlan], modules: set[str]) -> Iterator[tuple[str, list[str], list[str], bool]]:
+    """For each module with points: its FQN, its input points, its output points, and whether it has named ones."""
+    found: dict[str, tuple[list[str], list[str], list[str]]] = {}
+    for full in points:
+        head, _, tail = full.partition(":")
+        if tail.startswith("in"):
+            found.setdefault(head, ([], [], []))[0].append(full)
+        elif head in modules:
+            found.setdefault(head, ([], [], []))[1].append(full)
+        else:
+            found.setdefault(head.rpartition(".")[0], ([], [], []))[2].append(full)
+    for fqn, (inputs, outputs, named) in found.items():
+        yield fqn, inputs, outputs, bool(named)
+
+
+def attach(
+    model: nn.Module,
+    wiring: Wiring,
+    points: Mapping[str, PointPlan],
+    substitutions: tuple[Substitution, ...],
+    done: set[tuple[str, str]],
+) -> None:
+    """Hook every point of a plan, and run the modules with local calls under `Local`; `done` is not done again."""
+    modules = {fqn for fqn, _ in model.named_modules()}
+    styles: dict[str, ParallelStyle] = {}
+    local = {entry.path for entry in substitutions if entry.path != "loss"}
+    for fqn, inputs, outputs, named in split_points(points, modules):
+        new_inputs = bool(inputs) and (fqn, "in") not in done
+        new_outputs = bool(outputs) and (fqn, "out") not in done
+        if new_inputs or new_outputs:
+            styles[fqn] = Boundary(fqn, wiring, inputs=new_inputs, outputs=new_outputs)
+        done.update((fqn, side) for side, new in (("in", new_inputs), ("out", new_outputs)) if new)
+        if named:
+            local.add(fqn)
+    for fqn in sorted(local):
+        if (fqn, "local") not in done:
+            module = model.get_submodule(fqn)
+            module.forward = functools.partial(_under_local, wiring, fqn, module.forward)
+            done.add((fqn, "local"))
+    if styles:
+        parallelize_module(model, wiring.fabric.device_mesh, styles)
+
+
+def _under_local(wiring: Wiring, fqn: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with Local(wiring, fqn):
+        return forward(*args, **kwargs)
+
+
+@define(eq=False)
+class Read:
+    """A parameter whose value in compute is not what is stored: a share of it, or a cast of it."""
+
+    module: nn.Module
+    name: str
+    share: int
+    dtype: torch.dtype | None
+    stored: nn.Parameter | None = None
+
+    def enter(self, *_: Any) -> None:
+        """Put the value that compute reads in the parameter's place."""
+        stored = self.module._parameters[self.name]
+        assert isinstance(stored, nn.Parameter), "a parameter is read once at a time"
+        self.stored = stored
+        value: Tensor = stored
+        if self.share > 1:
+            value = _Share.apply(value, self.share)  # pyright: ignore[reportAssignmentType]
+        if self.dtype is not None:
+            value = value.to(self.dtype)
+        self.module._parameters[self.name] = value  # pyright: ignore[reportArgumentType]
+
+    def leave(self, *_: Any) -> None:
+        """Put the parameter back."""
+        if self.stored is not None:
+            self.module._parameters[self.name], self.stored = self.stored, None
+
+
+class _Share(torch.autograd.Function):
+    """1/n of a stored value on each of n ranks: their sum is the value, and its gradient is each share's."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, share: int) -> Tensor:
+        del ctx
+        return tensor / share
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        del ctx
+        return grad, None
+
+
+def attach_read(read: Read) -> None:
+    """Have a module read a parameter through `read`."""
+    read.module.register_forward_pre_hook(read.enter)
+    read.module.register_forward_hook(read.leave, always_call=True)

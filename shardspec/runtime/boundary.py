@@ -1,0 +1,111 @@
+"""Collectives at declared points: a move on a local tensor, and a whole transition with its adjoint."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from shardspec.layout import AVG, MAX, MIN
+from shardspec.moves import Move
+from shardspec.runtime.fabric import Fabric
+
+REDUCE = {MAX: dist.ReduceOp.MAX, MIN: dist.ReduceOp.MIN}
+
+
+def all_gather(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
+    """[.., outer * inner, ..] -> [.., outer * n * inner, ..]."""
+    n = fabric.mesh[move.axis]
+    parts = tensor.new_empty((n, *tensor.shape))
+    dist.all_gather_into_tensor(parts, tensor.contiguous(), group=fabric.group((move.axis,)))
+    return _put(parts, move.dim, move.outer)
+
+
+def reduce_scatter(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
+    """[.., outer * n * inner, ..] -> the sum over ranks of [.., outer * inner, ..]."""
+    n = fabric.mesh[move.axis]
+    parts = _take(tensor, move.dim, move.outer, n).contiguous()
+    out = parts.new_empty(parts.shape[1:])
+    dist.reduce_scatter_tensor(out, parts, group=fabric.group((move.axis,)))
+    return out.div_(n) if move.reduce == AVG else out
+
+
+def all_reduce(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
+    """The reduction over ranks, in a tensor of its own."""
+    out = tensor.contiguous().clone() if tensor.is_contiguous() else tensor.contiguous()
+    dist.all_reduce(out, REDUCE.get(move.reduce, dist.ReduceOp.SUM), group=fabric.group((move.axis,)))
+    return out.div_(fabric.mesh[move.axis]) if move.reduce == AVG else out
+
+
+def all_to_all(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
+    """Gather `dim` and split `to_dim`: the exchange that moves an axis from one dim to another."""
+    n = fabric.mesh[move.axis]
+    parts = _take(tensor, move.to_dim, move.to_outer, n).contiguous()
+    out = torch.empty_like(parts)
+    dist.all_to_all_single(out, parts, group=fabric.group((move.axis,)))
+    return _put(out, move.dim, move.outer)
+
+
+def slice_(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
+    """[.., outer * n * inner, ..] -> this rank's [.., outer * inner, ..]."""
+    n = fabric.mesh[move.axis]
+    return _take(tensor, move.dim, move.outer, n)[fabric.coordinate[move.axis]].contiguous()
+
+
+def scale(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
+    """A rank's share of the cotangent of a mean."""
+    return tensor / fabric.mesh[move.axis]
+
+
+def _take(tensor: Tensor, dim: int, outer: int, n: int) -> Tensor:
+    """[.., outer * n * inner, ..] -> [n, .., outer * inner, ..], a view where torch can make one."""
+    shape = list(tensor.shape)
+    split = tensor.reshape(*shape[:dim], outer, n, shape[dim] // outer // n, *shape[dim + 1 :])
+    shape[dim] //= n
+    return split.movedim(dim + 1, 0).reshape(n, *shape)
+
+
+def _put(parts: Tensor, dim: int, outer: int) -> Tensor:
+    """[n, .., outer * inner, ..] -> [.., outer * n * inner, ..]."""
+    n, *shape = parts.shape
+    split = parts.reshape(n, *shape[:dim], outer, shape[dim] // outer, *shape[dim + 1 :])
+    shape[dim] *= n
+    return split.movedim(0, dim + 1).reshape(shape)
+
+
+MOVES: dict[str, Callable[[Tensor, Move, Fabric], Tensor]] = {
+    "all_gather": all_gather,
+    "reduce_scatter": reduce_scatter,
+    "all_reduce": all_reduce,
+    "all_to_all": all_to_all,
+    "slice": slice_,
+    "scale": scale,
+}
+
+
+def run_moves(tensor: Tensor, moves: Sequence[Move], fabric: Fabric) -> Tensor:
+    """The moves one after another."""
+    for move in moves:
+        tensor = MOVES[move.kind](tensor, move, fabric)
+    return tensor
+
+
+class _Transition(torch.autograd.Function):
+    """Forward runs a point's moves; backward runs the moves that the typing derived for its cotangent."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, forward: Sequence[Move], backward: Sequence[Move], fabric: Fabric) -> Tensor:
+        ctx.moves, ctx.fabric = backward, fabric
+        return run_moves(tensor, forward, fabric) if forward else tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return run_moves(grad, ctx.moves, ctx.fabric), None, None, None
+
+
+def pass_point(tensor: Tensor, forward: Sequence[Move], backward: Sequence[Move], fabric: Fabric) -> Tensor:
+    """Take an activation through a declared point."""
+    return _Transition.apply(tensor, forward, backward, fabric)  # pyright: ignore[reportReturnType]

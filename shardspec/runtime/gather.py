@@ -1,0 +1,83 @@
+"""Put a sharded tensor together from its placements: `ss.full`."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Shard
+
+from shardspec.torch_private import local_of
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The whole tensor, on every rank of its mesh; a plain tensor is whole already.
+
+    `DTensor.full_tensor` is wrong for uneven shards over two mesh dims in torch 2.13, so each dim is gathered here,
+    innermost placement first, by the rows that each rank holds.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    local, mesh = local_of(tensor).detach(), tensor.device_mesh
+    for position, rows in reversed(list(enumerate(_rows(tensor)))):
+        if rows is None:
+            continue
+        dim, every, length = rows
+        local = _gather_dim(local, dim, every, length, mesh, position)
+    return local
+
+
+def _rows(tensor: DTensor) -> list[tuple[int, list[Tensor], int] | None]:
+    """For each mesh dim: the tensor dim it splits, the positions that each of its ranks holds in what the mesh dims
+    before it left, and how long that is; None where it splits nothing."""
+    mesh, placements = tensor.device_mesh, tensor.placements
+    lengths = list(tensor.shape)
+    place = mesh.get_coordinate()
+    assert place is not None, "the rank belongs to the tensor's mesh"
+    found: list[tuple[int, list[Tensor], int] | None] = []
+    for position, placement in enumerate(placements):
+        if not placement.is_shard() and not hasattr(placement, "split_factor"):
+            found.append(None)
+            continue
+        dim = placement.dim  # pyright: ignore[reportAttributeAccessIssue]
+        every = split_rows(placement, lengths[dim], mesh.size(position))
+        found.append((dim, every, lengths[dim]))
+        lengths[dim] = len(every[place[position]])
+    return found
+
+
+def split_rows(placement: Placement, length: int, count: int) -> list[Tensor]:
+    """The positions that each of `count` ranks holds of a dim of `length`.
+
+    A plain shard is torch.chunk; a strided one chunks each of `split_factor` chunks
+    (torch/distributed/tensor/placement_types.py).
+    """
+    rows = torch.arange(length)
+    factor = getattr(placement, "split_factor", 1)
+    if isinstance(placement, Shard) and not hasattr(placement, "split_factor"):
+        factor = 1
+    parts: list[list[Tensor]] = [[] for _ in range(count)]
+    for outer in _chunk(rows, factor):
+        for part, chunk in zip(parts, _chunk(outer, count), strict=True):
+            part.append(chunk)
+    return [torch.cat(part) for part in parts]
+
+
+def _chunk(rows: Tensor, count: int) -> list[Tensor]:
+    """`torch.chunk` that always gives `count` chunks, the last ones short or empty."""
+    size = -(-len(rows) // count)
+    return [rows[index * size : (index + 1) * size] for index in range(count)]
+
+
+def _gather_dim(local: Tensor, dim: int, every: list[Tensor], length: int, mesh: DeviceMesh, position: int) -> Tensor:
+    longest = max(map(len, every))
+    padded = local.new_zeros((*local.shape[:dim], longest, *local.shape[dim + 1 :]))
+    padded.narrow(dim, 0, local.shape[dim]).copy_(local)
+    if mesh.size(position) == 1:
+        parts = [padded]
+    else:
+        parts = [torch.empty_like(padded) for _ in every]
+        dist.all_gather(parts, padded, group=mesh.get_group(position))
+    whole = local.new_empty((*local.shape[:dim], length, *local.shape[dim + 1 :]))
+    for rows, part in zip(every, parts, strict=True):
+        whole.index_copy_(dim, rows.to(whole.device), part.narrow(dim, 0, len(rows)))
+    return whole

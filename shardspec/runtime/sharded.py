@@ -1,0 +1,391 @@
+"""`ss.shard`: a model with a plan, on this rank."""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import Replicate
+
+from shardspec.compiler import Compiler, Model, batch_key, settle, survey
+from shardspec.diagnostics import Diagnostic, refuse
+from shardspec.mesh import BATCH_AXES, Mesh, degree
+from shardspec.placement import local_index, stored_shape
+from shardspec.plan import ActivationPlan, Plan
+from shardspec.policy import Policy
+from shardspec.runtime.apply import LocalModel, Source, apply, build_source, local_part
+from shardspec.runtime.attach import Wiring, attach
+from shardspec.runtime.fabric import Fabric, connect
+from shardspec.runtime.gather import gather
+from shardspec.runtime.init import NotReplayable, materialise
+from shardspec.runtime.optim import Optimizer
+from shardspec.runtime.state import OptState, Specs, Store, TrainState
+from shardspec.torch_private import local_of, make_spec
+
+LossFn = Callable[[Any, dict[str, Any]], tuple[Any, Any]]
+Batch = Mapping[str, Any]
+
+
+class Sharded:
+    """A model laid over a mesh. `plan` is None until a batch is known, where none was given."""
+
+    def __init__(self, model: Model, rules: Any, mesh: Mesh, inputs: Batch | None, policy: Policy) -> None:
+        self.mesh, self.policy = mesh, policy
+        self.compiler = Compiler(survey(model), rules, policy)
+        self.plan: Plan | None = None
+        if inputs is not None:
+            self.plan = self.compiler.plan(mesh, inputs)
+        self.params, self.units, self.attributes = self.compiler.static(mesh)
+        self.fabric: Fabric = connect(mesh)
+        self._agree()
+        own, self.source = build_source(model)
+        self.local: LocalModel = apply(own, self.params, self.units, self.attributes, self.fabric, policy)
+        self.specs: Specs = self._specs()
+        self.wiring = Wiring(self.fabric)
+        self.programs: dict[Any, Plan] = {}
+        self._hooked: set[tuple[str, str]] = set()
+        self._entries: dict[Any, dict[str, ActivationPlan]] = {}
+
+    @property
+    def module(self) -> nn.Module:
+        """This rank's own module; its parameters are those of the last step."""
+        return self.local.module
+
+    @property
+    def key(self) -> str:
+        """What two shardings share if a state of the one fits the other."""
+        placed = sorted((name, str(plan.layout), plan.storage, plan.storage_dim) for name, plan in self.params.items())
+        return f"{self.mesh}:{hash(tuple(map(str, placed))) & 0xFFFFFFFF:08x}"
+
+    def _agree(self) -> None:
+        """Every rank must have compiled the same plan, before anything is touched."""
+        if self.mesh.world == 1:
+            return
+        mine = self.plan.hash if self.plan is not None else str(sorted((n, str(p)) for n, p in self.params.items()))
+        every: list[Any] = [None] * self.mesh.world
+        dist.all_gather_object(every, mine)
+        if len(set(every)) > 1:
+            odd = [rank for rank, each in enumerate(every) if each != every[0]]
+            refuse(
+                "SS403",
+                f"the ranks disagree on the plan: rank {odd[0]} has another one than rank 0",
+                why="each rank compiles the table for itself; model, table, mesh and batch must be the same on all",
+            )
+
+    def _specs(self) -> dict[str, Any]:
+        mesh = self.fabric.device_mesh
+        specs: dict[str, Any] = {}
+        for name, plan in self.params.items():
+            placements = plan.placements or placements_of_one(mesh)
+            specs[name] = make_spec(mesh, placements, plan.shape, getattr(torch, plan.dtype))
+        return specs
+
+    # Programs.
+
+    def program(self, batch: Batch, loss_fn: LossFn | None, *, training: bool | None = None) -> Plan:
+        """The plan for a shape of local batch and a loss; typed when first met, before anything runs."""
+        key = (batch_key(batch), loss_fn, training)
+        found = self.programs.get(key)
+        if found is None:
+            whole = self.compiler.global_shapes(self.mesh, batch)
+            found = self.compiler.plan(self.mesh, whole, loss_fn, training=training)
+            self.programs[key] = found
+            if self.plan is None:
+                self.plan = found
+            self._hook(found)
+        return found
+
+    def _hook(self, plan: Plan) -> None:
+        self.fabric.reserve(families_of(plan))
+        attach(self.module, self.wiring, plan.points, plan.substitutions, self._hooked)
+        for unit in self.units:
+            if unit.modules and unit.name == plan.last_unit:
+                child = self.module.get_submodule(unit.modules[0])
+                if isinstance(child, FSDPModule):
+                    child.set_reshard_after_forward(False, recurse=False)
+
+    def activate(self, plan: Plan) -> None:
+        """Have the hooks follow a plan."""
+        self.wiring.points = plan.points
+        self.wiring.substitutions = plan.local_calls
+
+    # Batches.
+
+    def local_batch(self, batch: Batch) -> dict[str, Any]:
+        """This rank's part of a global batch, on its device.
+
+        With `accumulate=M` a rank takes its part of each microbatch: rows [iB/M, (i+1)B/M) of the whole.
+
+        Raises:
+            ShardingError: SS401, SS301 for entries that the table does not know or the mesh does not divide.
+        """
+        key = batch_key(batch)
+        if key not in self._entries:
+            self._entries[key] = self.compiler.entries(self.mesh, batch)
+        entries = self._entries[key]
+        parts: dict[str, Any] = {}
+        for name, item in batch.items():
+            if not isinstance(item, Tensor):
+                parts[name] = item
+                continue
+            parts[name] = self._local_entry(entries[name], item).to(self.fabric.device, non_blocking=True)
+        return parts
+
+    def _local_entry(self, entry: ActivationPlan, item: Tensor) -> Tensor:
+        count = self.policy.accumulate
+        place, mesh = self.fabric.coordinate, self.mesh
+        if count == 1 or entry.batch_dim is None:
+            return local_part(item, entry.layout, place, mesh)
+        rows, share = item.shape[entry.batch_dim], count * degree(mesh, BATCH_AXES)
+        if rows % share:
+            refuse(
+                "SS301",
+                f"a batch of {rows} cannot be cut into {count} microbatches on this mesh",
+                why=f"{count} microbatches x {share // count} data ranks = {share}, which does not divide {rows}",
+            )
+        layout = entry.microbatch(count)
+        return torch.cat(
+            [local_part(chunk, layout, place, mesh) for chunk in item.chunk(count, entry.batch_dim)], entry.batch_dim
+        )
+
+    def microbatches(self, plan: Plan, batch: Batch) -> list[dict[str, Any]]:
+        """A local batch as the microbatches that it holds."""
+        count = self.policy.accumulate
+        if count == 1:
+            return [dict(batch)]
+        parts: list[dict[str, Any]] = [{} for _ in range(count)]
+        for name, item in batch.items():
+            dim = plan.entries[name].batch_dim if isinstance(item, Tensor) else None
+            chunks = [item] * count if dim is None else item.chunk(count, dim)
+            for part, chunk in zip(parts, chunks, strict=True):
+                part[name] = chunk
+        return parts
+
+    # States.
+
+    def init(
+        self, optimizer: Optimizer, seed: int = 0, init: Mapping[str, Callable[[Tensor], Any]] | None = None
+    ) -> TrainState:
+        """A state with initial values: bitwise the same on every mesh.
+
+        Args:
+            optimizer: `ss.adamw(...)`, or any pair of pure functions.
+            seed: of the weights and of the run's randomness.
+            init: regex -> function that fills a parameter (whole, on the CPU, in place), for those whose
+                constructor cannot be replayed.
+
+        Raises:
+            ShardingError: SS406 for a parameter or buffer that nothing gives a value.
+        """
+        locals_: dict[str, Tensor] = {}
+        problems: list[Diagnostic] = []
+        for name in self.local.params:
+            try:
+                locals_[name] = self._initial(name, seed, init or {})
+            except (NotReplayable, LookupError) as error:
+                problems.append(_no_value(name, str(error.args[-1] if isinstance(error, LookupError) else error)))
+        settle([*problems, *self._hollow_buffers()])
+        return self.state(locals_, optimizer, seed)
+
+    def _initial(self, name: str, seed: int, init: Mapping[str, Callable[[Tensor], Any]]) -> Tensor:
+        plan = self.params[name]
+        dtype = getattr(torch, plan.dtype)
+        place, device = self.fabric.coordinate, self.fabric.device
+        target = self.local.empty(name, stored_shape(plan, place, self.mesh), dtype, device)
+        index = local_index(plan, place, self.mesh)
+        given = next((fill for pattern, fill in init.items() if re.fullmatch(pattern, name)), None)
+        if given is not None:
+            whole = torch.empty(plan.shape, dtype=dtype)
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(_seed_of(seed, name))
+                given(whole)
+            value = take(whole, index)
+        elif name in self.source.tensors:
+            value = take(self.source.tensors[name], index)
+        elif name in self.source.recipes:
+            value = materialise(self.source.recipes[name], name, seed, plan.shape, index, dtype, device)
+        else:
+            raise LookupError("the model was given on meta, so that nothing says what its values are")
+        with torch.no_grad():
+            target.copy_(value)
+        return target
+
+    def _hollow_buffers(self) -> list[Diagnostic]:
+        return [
+            _no_value(name, "the buffer is on meta, and a buffer is not initialised")
+            for name, buffer in self.module.named_buffers()
+            if buffer.device.type == "meta"
+        ]
+
+    def load(self, state_dict: Mapping[str, Tensor], optimizer: Optimizer | None = None, seed: int = 0) -> TrainState:
+        """A state with given weights: whole tensors (or DTensors) by name; `init` uses them from then on.
+
+        Raises:
+            ShardingError: SS404 that lists every missing, surplus or misshapen entry.
+        """
+        settle(self._misfits(state_dict))
+        for name in self.local.params:
+            given = state_dict[name] if name in state_dict else self._tied(name, state_dict)
+            self.source.tensors[name] = full(given).detach()
+        for name, plan in self.params.items():
+            if plan.buffer and name in state_dict:
+                path, _, leaf = name.rpartition(".")
+                part = local_part(full(state_dict[name]), plan.layout, self.fabric.coordinate, self.mesh)
+                self.module.get_submodule(path)._buffers[leaf] = part.to(self.fabric.device)  # noqa: SLF001
+        settle(self._hollow_buffers())
+        locals_ = {name: self._initial(name, seed, {}) for name in self.local.params}
+        return self.state(locals_, optimizer, seed)
+
+    def _tied(self, name: str, state_dict: Mapping[str, Tensor]) -> Tensor:
+        return next(state_dict[other] for other, plan in self.params.items() if plan.first == name and other in state_dict)
+
+    def _misfits(self, state_dict: Mapping[str, Tensor]) -> list[Diagnostic]:
+        found: list[Diagnostic] = []
+        names = {plan.first: [] for plan in self.params.values()}
+        for name, plan in self.params.items():
+            names[plan.first].append(name)
+        for first, every in names.items():
+            if not self.params[first].buffer and not any(name in state_dict for name in every):
+                found.append(Diagnostic(code="SS404", what=f"the state dict has no {first}"))
+        for name, tensor in state_dict.items():
+            plan = self.params.get(name)
+            if plan is None:
+                found.append(Diagnostic(code="SS404", what=f"the state dict has {name}, which the model does not"))
+            elif tuple(tensor.shape) != plan.shape:
+                found.append(
+                    Diagnostic(code="SS404", what=f"{name} has shape {tuple(tensor.shape)}, the model's has {plan.shape}")
+                )
+            elif str(tensor.dtype).removeprefix("torch.") != plan.dtype:
+                found.append(Diagnostic(code="SS404", what=f"{name} is {tensor.dtype}, the model's is torch.{plan.dtype}"))
+        return found
+
+    def state(self, locals_: dict[str, Tensor], optimizer: Optimizer | None, seed: int) -> TrainState:
+        """A state of step 0 over local tensors."""
+        trained = {name: local for name, local in locals_.items() if self.params[name].trained}
+        if optimizer is not None and optimizer.check is not None:
+            optimizer.check(trained)
+        opt = None if optimizer is None else OptState(optimizer, optimizer.init(trained), self.specs)
+        buffers = {
+            name: buffer
+            for name, buffer in self.module.named_buffers()
+            if self.params[name].persistent and buffer is not None
+        }
+        return TrainState(
+            step=0, rng=seed, home=self, params=Store(locals_, self.specs), buffers=Store(buffers, self.specs), opt=opt
+        )
+
+    def state_dict(self, state: TrainState) -> dict[str, Tensor]:
+        """FQN -> whole tensor on the CPU, for parameters (under all their names) and persistent buffers.
+
+        Every rank must call it.
+        """
+        views = {**state.params, **state.buffers}
+        whole = {name: full(view).cpu() for name, view in views.items()}
+        return {
+            name: whole[plan.first]
+            for name, plan in self.params.items()
+            if plan.first in whole and (plan.persistent or not plan.buffer)
+        }
+
+    def check_state(self, state: TrainState) -> None:
+        """SS407 for a state that another sharding made."""
+        if state.home is not self and state.home.key != self.key:
+            refuse(
+                "SS407",
+                "the state belongs to another plan",
+                why=f"it was made for the mesh {state.home.mesh or 'of one rank'}, this plan is for {self.mesh or 'one rank'}",
+                advice=("init or load a state with this sharded model",),
+            )
+
+    def locals_of(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The local tensors of a dict of parameters, foreign ones too.
+
+        Raises:
+            ShardingError: SS407 for a missing name or another local shape.
+        """
+        found: dict[str, Tensor] = {}
+        for name, plan in self.local.params.items():
+            if name not in params:
+                refuse("SS407", f"the parameters have no {name}", why="grad_fn takes a tensor for every parameter")
+            local = local_of(params[name])
+            wanted = stored_shape(plan, self.fabric.coordinate, self.mesh)
+            if tuple(local.shape) != wanted:
+                refuse("SS407", f"{name} has local shape {tuple(local.shape)}, this plan stores {wanted}")
+            found[name] = local
+        return found
+
+    def copy_locals(self, locals_: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same values in storage of their own."""
+        copied: dict[str, Tensor] = {}
+        for name, local in locals_.items():
+            copied[name] = self.local.empty(name, tuple(local.shape), local.dtype, local.device)
+            copied[name].copy_(local)
+        return copied
+
+    def value_and_grad(self, loss_fn: LossFn) -> Callable[..., Any]:
+        """`grad_fn(params, batch, rng=None) -> ((loss, metrics), grads)`; gradients are global and normalised."""
+        from shardspec.runtime.step import value_and_grad
+
+        return value_and_grad(self, loss_fn)
+
+
+def placements_of_one(mesh: Any) -> tuple[Any, ...]:
+    """Replicated on the one dim of the mesh of one rank."""
+    return (Replicate(),) * mesh.ndim
+
+
+def families_of(plan: Plan) -> list[tuple[str, ...]]:
+    """The sets of axes for which a plan needs a process group of its own."""
+    return [row.axes for row in plan.collectives if len(row.axes) > 1]
+
+
+def take(whole: Tensor, index: tuple[Tensor, ...]) -> Tensor:
+    """The elements at the given indices of each dim."""
+    for dim, rows in enumerate(index):
+        if len(rows) != whole.shape[dim]:
+            whole = whole.index_select(dim, rows.to(whole.device))
+    return whole
+
+
+def _seed_of(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest(), "big")
+
+
+def _no_value(name: str, why: str) -> Diagnostic:
+    return Diagnostic(
+        code="SS406",
+        what=f"{name} has no value",
+        why=why,
+        advice=(
+            "give ss.shard the function that builds the model, sharded.load(state_dict), or "
+            "sharded.init(..., init={regex: function})",
+        ),
+    )
+
+
+def shard(
+    model: Model, rules: Any, mesh: Mesh, inputs: Batch | None = None, *, policy: Policy | None = None
+) -> Sharded:
+    """Check a table and lay a copy of the model over the mesh's devices; the model is left as it was.
+
+    Args:
+        model: a module, or a function that builds one (then its initial values can be made shard by shard).
+        inputs: a global batch, or only its shapes; without it the typing waits for the first batch.
+
+    Raises:
+        ShardingError: for a table that does not fit, a world of another size, or ranks that disagree.
+    """
+    return Sharded(model, rules, mesh, inputs, policy or Policy())
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor of a state, on every rank; all ranks must call it.
+
+    Shards of unequal length and strided ones are put together from their placements alone.
+    """
+    return gather(tensor)
+

@@ -1,0 +1,309 @@
+"""Pure steps: forward, backward, one reduction of what is owed, one of the scalars, one update."""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from attrs import define, evolve
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from shardspec.diagnostics import refuse
+from shardspec.lower import reduced_by_hand
+from shardspec.mesh import degree
+from shardspec.plan import LossPlan, ParamPlan, Plan
+from shardspec.runtime.attach import Local
+from shardspec.runtime.sharded import Batch, LossFn, Sharded
+from shardspec.runtime.state import Finite, Metric, OptState, Store, TrainState, copy_tree
+from shardspec.torch_private import local_of, view_as_dtensor
+
+Metrics = dict[str, Tensor]
+
+
+@define(eq=False)
+class Sums:
+    """What a rank has after its microbatches: loss and weight, summed over them but not over ranks."""
+
+    loss: Any = 0.0
+    weight: Any = 0.0
+
+    def add(self, loss: Any, weight: Any) -> None:
+        """Add a microbatch's."""
+        self.loss = self.loss + (loss.detach() if isinstance(loss, Tensor) else loss)
+        self.weight = self.weight + (weight.detach() if isinstance(weight, Tensor) else weight)
+
+
+def run(sharded: Sharded, plan: Plan, batch: Batch, loss_fn: LossFn, *, backward: bool) -> Sums:
+    """Forward, loss and backward of every microbatch; gradients are left with the parameters, as plain sums."""
+    assert plan.loss is not None, "a step's plan knows its loss"
+    sharded.activate(plan)
+    sums = Sums()
+    for part in sharded.microbatches(plan, batch):
+        arguments = {name: item for name, item in part.items() if name in sharded.compiler.names.arguments}
+        output = sharded.module(**arguments)
+        with Local(sharded.wiring, "loss"):
+            loss, weight = loss_fn(output, part)
+        if backward:
+            loss.backward()
+        sums.add(loss, weight)
+    return sums
+
+
+def reduce_owed(sharded: Sharded, plan: Plan, grads: Mapping[str, Tensor]) -> None:
+    """One coalesced all-reduce for each set of axes (and dtype) that gradients are owed over, in place."""
+    groups: dict[tuple[tuple[str, ...], torch.dtype], list[Tensor]] = {}
+    for name, grad in grads.items():
+        axes = reduced_by_hand(plan.params[name])
+        if axes and grad.numel():
+            groups.setdefault((axes, grad.dtype), []).append(grad)
+    for (axes, _), owing in sorted(groups.items(), key=lambda item: item[0][0]):
+        coalesced_all_reduce(owing, sharded.fabric.group(axes))
+
+
+def coalesced_all_reduce(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum several tensors over a group in one message, in place."""
+    if len(tensors) == 1 and tensors[0].is_contiguous():
+        dist.all_reduce(tensors[0], group=group)
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
+
+
+def sharing_degree(sharded: Sharded, plan: ParamPlan) -> int:
+    """On how many ranks each element of a parameter lies."""
+    axes = {*plan.layout.sharded, *plan.storage}
+    return sharded.mesh.world // prod(sharded.mesh[axis] for axis in axes)
+
+
+def squared_norm(sharded: Sharded, params: Mapping[str, ParamPlan], grads: Mapping[str, Tensor]) -> Tensor:
+    """This rank's share of the squared norm of all gradients: the shares of all ranks sum to it. Float64, 0-dim."""
+    groups: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+    for name, grad in grads.items():
+        if grad.numel():
+            groups.setdefault((sharing_degree(sharded, params[name]), grad.dtype), []).append(grad)
+    total = torch.zeros((), dtype=torch.float64, device=sharded.fabric.device)
+    for (copies, _), parts in groups.items():
+        norms = torch.stack(torch._foreach_norm(parts)).to(torch.float64)
+        total = total + norms.square().sum() / copies
+    return total
+
+
+def reduce_scalars(sharded: Sharded, loss: LossPlan, sums: Sums, square: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss's sum, its weight and the squared norm over all ranks, in one all-reduce of three numbers."""
+    device = sharded.fabric.device
+    shares = [
+        _scalar(sums.loss, device) / _copies(sharded, loss.sum_axes),
+        _scalar(sums.weight, device) / _copies(sharded, loss.weight_axes),
+        torch.zeros((), dtype=torch.float64, device=device) if square is None else square,
+    ]
+    packed = torch.stack(shares)
+    if sharded.mesh.world > 1:
+        dist.all_reduce(packed, group=sharded.fabric.group(sharded.mesh.axes))
+    total, weight, squared = packed.unbind()
+    return total, weight, squared
+
+
+def _scalar(value: Any, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(torch.float64)
+    return torch.tensor(float(value), dtype=torch.float64, device=device)
+
+
+def _copies(sharded: Sharded, pending: tuple[str, ...]) -> int:
+    return sharded.mesh.world // degree(sharded.mesh, pending)
+
+
+def clip_factor(norm: Tensor, clip: float | None) -> Tensor:
+    """What gradients are multiplied with: torch.nn.utils.clip_grad_norm_'s, 1e-6 included."""
+    return torch.ones_like(norm) if clip is None else (clip / (norm + 1e-6)).clamp(max=1.0)
+
+
+def train_step(
+    sharded: Sharded, loss_fn: LossFn, *, clip: float | None = None, donate: bool = True
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The ready-made pure step: `step(state, batch) -> (state, metrics)`.
+
+    `loss_fn(output, batch) -> (sum, weight)`, scalars over this rank's part; the loss is the quotient of their
+    sums over ranks and microbatches. `batch` is this rank's part. Metrics are 0-dim tensors, equal on every rank:
+    loss, weight, grad_norm (before clipping), lr.
+
+    Args:
+        clip: the largest norm of all gradients together.
+        donate: consume the state that the step is given; with False its tensors are copied.
+
+    Raises:
+        ShardingError: where the loss or the batch does not fit, before anything runs.
+        NonFiniteError: where the step before met a loss or gradient that is not finite.
+    """
+    last: list[Finite] = []
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if last:
+            last.pop().check()
+        sharded.check_state(state)
+        held = state.live()
+        if held.opt is None:
+            refuse("SS407", "the state has no optimizer", advice=("give sharded.init or sharded.load one",))
+        plan = sharded.program(batch, loss_fn)
+        assert plan.loss is not None, "a step's plan knows its loss"
+        sharded.local.bind(held.params.locals)
+        sharded.local.clear_gradients()
+        sums = run(sharded, plan, batch, loss_fn, backward=True)
+        grads = sharded.local.gradients()
+        reduce_owed(sharded, plan, grads)
+        square = squared_norm(sharded, plan.params, grads)
+        total, weight, squared = reduce_scalars(sharded, plan.loss, sums, square)
+        weight = weight.clamp(min=1.0) if _counts(sums) else weight
+        norm = squared.sqrt() / weight
+        scale = weight / clip_factor(norm, clip)
+        found_inf = (~torch.isfinite(total + squared)).to(torch.float32)
+        finite = Finite(state.step + 1, found_inf)
+        new = updated(state, grads, scale, found_inf, donate=donate, by="train_step")
+        sharded.local.clear_gradients()
+        last.append(finite)
+        return new, metrics_of(new, finite, loss=total / weight, weight=weight, grad_norm=norm)
+
+    return step
+
+
+def _counts(sums: Sums) -> bool:
+    """Whether the weight may be zero: a tensor counts tokens, and all may be masked."""
+    return isinstance(sums.weight, Tensor)
+
+
+def metrics_of(state: TrainState, finite: Finite, **values: Tensor) -> Metrics:
+    """Metrics that raise when they are read after a step that was not finite."""
+    opt = state.opt_state
+    lr = opt.optimizer.lr if opt is not None else None
+    if lr is not None:
+        values["lr"] = torch.tensor(lr(state.step), dtype=torch.float64)
+    return {name: Metric.wrap(value, finite) for name, value in values.items()}
+
+
+def updated(
+    state: TrainState, grads: Mapping[str, Tensor], scale: Tensor, found_inf: Tensor, *, donate: bool, by: str
+) -> TrainState:
+    """The state after an update with local gradients that are to be divided by `scale`; skipped where `found_inf`."""
+    held = state.live()
+    assert held.opt is not None, "an update needs an optimizer"
+    optimizer, raw = held.opt.optimizer, held.opt.raw
+    params = held.params.locals
+    buffers = held.buffers.locals
+    if donate:
+        state.donate(by)
+    if optimizer.apply_ is not None:
+        if not donate:
+            params, raw, buffers = state.home.copy_locals(params), copy_tree(raw), copy_tree(buffers)
+        trained = {name: params[name] for name in grads}
+        exact = next(iter(trained.values())).dtype == torch.float64 if trained else False
+        with torch.no_grad():
+            optimizer.apply_(
+                trained, dict(grads), raw, state.step + 1,
+                scale=scale if exact else scale.to(torch.float32), found_inf=found_inf,
+            )  # fmt: skip
+    else:
+        trained = {name: params[name] for name in grads}
+        divided = {name: grad / scale.to(grad.dtype) for name, grad in grads.items()}
+        fresh, fresh_raw = optimizer.update(divided, raw, trained, state.step + 1)
+        params = {**params, **{name: torch.where(found_inf > 0, params[name], fresh[name]) for name in fresh}}
+        raw = _select(found_inf, raw, fresh_raw)
+    store = Store(params, held.params.specs)
+    opt = evolve_opt(held.opt, raw)
+    return TrainState(
+        step=state.step + 1, rng=state.rng, home=state.home, params=store,
+        buffers=Store(buffers, held.buffers.specs), opt=opt,
+    )  # fmt: skip
+
+
+def evolve_opt(opt: OptState, raw: Any) -> OptState:
+    """The optimizer's state with other tensors."""
+    return evolve(opt, raw=raw, stores=[])
+
+
+def _select(found_inf: Tensor, old: Any, new: Any) -> Any:
+    """The old tensors where a step is skipped, the new ones elsewhere."""
+    if isinstance(new, Tensor):
+        return torch.where(found_inf > 0, old, new)
+    if isinstance(new, dict):
+        return {key: _select(found_inf, old[key], value) for key, value in new.items()}
+    if isinstance(new, (list, tuple)):
+        return type(new)(_select(found_inf, one, two) for one, two in zip(old, new, strict=True))
+    return new
+
+
+def value_and_grad(sharded: Sharded, loss_fn: LossFn) -> Callable[..., Any]:
+    """The pieces for a pure step of one's own; see `Sharded.value_and_grad`."""
+
+    def grad_fn(params: Mapping[str, Tensor], batch: Batch, rng: int | None = None) -> Any:
+        del rng
+        plan = sharded.program(batch, loss_fn)
+        assert plan.loss is not None, "a step's plan knows its loss"
+        sharded.local.bind(sharded.locals_of(params))
+        sharded.local.clear_gradients()
+        sums = run(sharded, plan, batch, loss_fn, backward=True)
+        grads = sharded.local.gradients()
+        reduce_owed(sharded, plan, grads)
+        total, weight, _ = reduce_scalars(sharded, plan.loss, sums, None)
+        weight = weight.clamp(min=1.0) if _counts(sums) else weight
+        sharded.local.clear_gradients()
+        scaled = {
+            name: view_as_dtensor(grad / weight.to(grad.dtype), sharded.specs[name]) for name, grad in grads.items()
+        }
+        loss = total / weight
+        return (loss, {"loss": loss, "weight": weight}), scaled
+
+    return grad_fn
+
+
+def update(
+    state: TrainState, grads: Mapping[str, Tensor], *, clip: float | None = None, donate: bool = True
+) -> TrainState:
+    """Update a state with global, normalised gradients, as `value_and_grad` gives them; consumes the state.
+
+    Raises:
+        DonatedError: for a state that was consumed already.
+        ShardingError: SS407 for gradients of parameters that the state does not have.
+    """
+    home: Sharded = state.home
+    held = state.live()
+    if held.opt is None:
+        refuse("SS407", "the state has no optimizer", advice=("give sharded.init or sharded.load one",))
+    local: dict[str, Tensor] = {}
+    for name, grad in grads.items():
+        if name not in held.params.locals:
+            refuse("SS407", f"a gradient is given for {name}, which the state does not have")
+        local[name] = local_of(grad).clone() if isinstance(grad, DTensor) else grad.clone()
+    square = squared_norm(home, home.params, local)
+    if home.mesh.world > 1:
+        dist.all_reduce(square, group=home.fabric.group(home.mesh.axes))
+    found_inf = (~torch.isfinite(square)).to(torch.float32)
+    scale = 1.0 / clip_factor(square.sqrt(), clip)
+    return updated(state, local, scale, found_inf, donate=donate, by="update")
+
+
+def eval_step(sharded: Sharded, loss_fn: LossFn) -> Callable[[TrainState, Batch], Metrics]:
+    """`evaluate(state, batch) -> {"loss", "weight"}`: the loss in eval mode, without gradients; donates nothing."""
+
+    def evaluate(state: TrainState, batch: Batch) -> Metrics:
+        sharded.check_state(state)
+        plan = sharded.program(batch, loss_fn, training=False)
+        assert plan.loss is not None, "a step's plan knows its loss"
+        sharded.local.bind(state.live().params.locals)
+        was = sharded.module.training
+        sharded.module.eval()
+        try:
+            with torch.no_grad():
+                sums = run(sharded, plan, batch, loss_fn, backward=False)
+        finally:
+            sharded.module.train(was)
+            sharded.local.reshard()
+        total, weight, _ = reduce_scalars(sharded, plan.loss, sums, None)
+        weight = weight.clamp(min=1.0) if _counts(sums) else weight
+        return {"loss": total / weight, "weight": weight}
+
+    return evaluate
+
