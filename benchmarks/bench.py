@@ -52,8 +52,14 @@ class Result:
         return min(self.ratios, key=self.seconds.__getitem__)
 
     @property
-    def failed(self) -> bool:
-        return self.ratios[self.best].exceeds(self.case.budget)
+    def memory(self) -> float:
+        """Our peak bytes over that form's."""
+        return self.bytes["shardspec"] / self.bytes[self.best]
+
+    @property
+    def failures(self) -> list[str]:
+        found = ["time"] if self.ratios[self.best].exceeds(self.case.budget) else []
+        return found + (["memory"] if round(self.memory, 2) > MEMORY_BUDGET else [])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,8 +85,9 @@ def main(argv: list[str] | None = None) -> int:
             broken.append((case.name, str(error)))
             continue
         add_row(table, result)
-        failed |= result.failed
-        report["cases"].append(attrs.asdict(result) | {"best": result.best, "failed": result.failed})
+        failed |= bool(result.failures)
+        figures = {"best": result.best, "memory": result.memory, "failed": result.failures}
+        report["cases"].append(attrs.asdict(result) | figures)
     console.print(table)
     if not options.no_check:
         report["check"] = run_check(3 if options.quick else 7)
@@ -132,9 +139,9 @@ def run_case(case: Case, config: LlamaConfig, options: argparse.Namespace) -> Re
 
 
 def measure_case(
-    rank: int, world: int, case: Case, config: LlamaConfig, rows: int, rounds: int, warmup: int
+    _rank: int, world: int, case: Case, config: LlamaConfig, rows: int, rounds: int, warmup: int
 ) -> tuple[dict[str, list[float]], dict[str, int], dict[str, int]]:
-    """Build the sides, check that they agree, and return their step times, peak bytes and dispatched calls."""
+    """Build the sides, check that they agree, and return step times, peak bytes and dispatched calls."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     batch = make_batch(config, rows)
     with resident_bytes() as resident:
@@ -144,12 +151,12 @@ def measure_case(
         whole = sum(tensor.nbytes for tensor in weights.values())
         peaks = {"shardspec": resident() - whole}
     sides = {"shardspec": ours.step}
-    for form in case.forms:
+    for form, side in case.by_hand.items():
         with resident_bytes() as resident:
             by_hand = ByHand(config=config, case=case, batch=batch, form=form, weights=weights)
-            losses[form] = by_hand.step()["loss"].item()
-            peaks[form] = resident()
-        sides[form] = by_hand.step
+            losses[side] = by_hand.step()["loss"].item()
+            peaks[side] = resident()
+        sides[side] = by_hand.step
     del weights, ours
     for side, loss in losses.items():
         if not math.isclose(loss, losses["shardspec"], rel_tol=1e-4):
@@ -173,7 +180,7 @@ def new_table(config: LlamaConfig, options: argparse.Namespace) -> Table:
         size = sum(parameter.numel() for parameter in build(config).parameters())
     title = f"a training step: {size / 1e6:.1f}M parameters, batch {options.batch} x {options.seq}"
     table = Table(title=f"{title}, {options.rounds} rounds")
-    for column in ("plan", "side", "ms", "ratio", "95 %", "budget", "peak MiB", "calls", ""):
+    for column in ("plan", "side", "ms", "ratio", "95 %", "budget", "peak MiB", "ratio", "calls", ""):
         table.add_column(column, justify="left" if column in {"plan", "side", ""} else "right")
     return table
 
@@ -182,18 +189,19 @@ def add_row(table: Table, result: Result) -> None:
     """Add one line a side: ours first, each hand-written form with our ratio to it."""
     for index, side in enumerate(result.seconds):
         ratio = result.ratios.get(side)
-        last = index == len(result.seconds) - 1
+        best = side == result.best
         table.add_row(
             result.case.name if index == 0 else "",
             side,
             f"{1e3 * result.seconds[side]:.1f}",
             f"{ratio.median:.3f}" if ratio else "",
             f"{ratio.low:.3f} - {ratio.high:.3f}" if ratio else "",
-            f"{result.case.budget:.2f}" if side == result.best else "",
+            f"{result.case.budget:.2f}" if best else "",
             f"{result.bytes[side] / MIB:.1f}",
+            f"{result.memory:.2f}" if best else "",
             f"{result.calls[side]}",
-            ("above" if result.failed else "within") if side == result.best else "",
-            end_section=last,
+            ("above: " + ", ".join(result.failures) if result.failures else "within") if best else "",
+            end_section=index == len(result.seconds) - 1,
         )
 
 

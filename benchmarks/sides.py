@@ -14,7 +14,7 @@ from models.llama import RULES, WITHOUT_SP, LlamaConfig, build
 
 @attrs.frozen(kw_only=True)
 class Case:
-    """A plan to compare: a mesh in axis order (`{}` is one rank), with sequence parallelism over tp or not."""
+    """A plan to compare: a mesh in axis order (`{}` is one rank), and whether tp is sequence-parallel."""
 
     name: str
     sizes: dict[str, int]
@@ -26,9 +26,9 @@ class Case:
         return torch.Size(self.sizes.values()).numel()
 
     @property
-    def forms(self) -> tuple[Form, ...]:
-        """The hand-written forms to compare with; without tp there is one, but for clip and optimizer."""
-        return ("styles", "tuned") if self.sizes else ("tuned",)
+    def by_hand(self) -> dict[Form, str]:
+        """The hand-written forms to compare with, and what to call them."""
+        return {"styles": "styles", "tuned": "tuned"} if self.sizes else {"tuned": "plain loop"}
 
 
 CASES = (

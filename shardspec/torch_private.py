@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -72,8 +73,29 @@ def bind_fsdp(record: Any, local: Tensor) -> None:
     record.sharded_param._local_tensor = local
 
 
+def materialise_fsdp(record: Any, device: torch.device) -> None:
+    """Give a parameter that FSDP2 took on meta its storage on a device."""
+    old = record.sharded_param
+    local = empty_padded(record, tuple(old._local_tensor.shape), old.dtype, device)
+    record.sharded_param = nn.Parameter(record.to_sharded_dtensor(local), requires_grad=old.requires_grad)
+    record._setattr_on_modules(record.sharded_param)
+    bind_fsdp(record, local)
+
+
 def empty_padded(record: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A local tensor of `shape` for a parameter of FSDP2, lying in zeroed rows that pad it."""
     dim = record.fsdp_placement.dim
     padded = torch.zeros(record.padded_sharded_param_size, dtype=dtype, device=device)
     return padded if tuple(padded.shape) == shape else padded.narrow(dim, 0, shape[dim] if padded.numel() else 0)
+
+
+def reduce_scatter(out: Tensor, parts: Tensor, group: dist.ProcessGroup) -> None:
+    """Sum [n, *out.shape] over the ranks of a group, of which each keeps one row; renamed in torch 2.13."""
+    scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+    scatter(out.view(-1), parts.view(-1), group=group)
+
+
+def all_gather(parts: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> None:
+    """Gather every rank's tensor into [n, *tensor.shape]; renamed in torch 2.13."""
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    gather(parts.view(-1), tensor.view(-1), group=group)

@@ -20,7 +20,7 @@ from shardspec.policy import Policy, chosen
 from shardspec.runtime.attach import Read, attach_read
 from shardspec.runtime.fabric import Fabric, storage_mesh
 from shardspec.runtime.init import Recipe, record
-from shardspec.torch_private import bind_fsdp, empty_padded, fsdp_records, local_of
+from shardspec.torch_private import bind_fsdp, empty_padded, fsdp_records, local_of, materialise_fsdp
 
 
 @define(eq=False)
@@ -120,6 +120,8 @@ def apply(
     found = LocalModel(module, own)
     if stored:
         found.records = fsdp_records(module)
+        for record in found.records.values():
+            materialise_fsdp(record, fabric.device)
     _materialise(found, params, fabric, policy)
     return found
 

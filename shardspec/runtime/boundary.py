@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from shardspec import torch_private
 from shardspec.layout import AVG, MAX, MIN
 from shardspec.moves import Move
 from shardspec.runtime.fabric import Fabric
@@ -19,7 +20,7 @@ def all_gather(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
     """[.., outer * inner, ..] -> [.., outer * n * inner, ..]."""
     n = fabric.mesh[move.axis]
     parts = tensor.new_empty((n, *tensor.shape))
-    dist.all_gather_into_tensor(parts, tensor.contiguous(), group=fabric.group((move.axis,)))
+    torch_private.all_gather(parts, tensor.contiguous(), fabric.group((move.axis,)))
     return _put(parts, move.dim, move.outer)
 
 
@@ -28,7 +29,7 @@ def reduce_scatter(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
     n = fabric.mesh[move.axis]
     parts = _take(tensor, move.dim, move.outer, n).contiguous()
     out = parts.new_empty(parts.shape[1:])
-    dist.reduce_scatter_tensor(out, parts, group=fabric.group((move.axis,)))
+    torch_private.reduce_scatter(out, parts, fabric.group((move.axis,)))
     return out.div_(n) if move.reduce == AVG else out
 
 
