@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Step = Callable[[], object]
+Step = Callable[[], dict[str, torch.Tensor]]
 
 
 def alternate(sides: dict[str, Step], rounds: int, warmup: int) -> dict[str, list[float]]:

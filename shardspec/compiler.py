@@ -67,7 +67,9 @@ def survey(model: Model) -> Survey:
     return Survey(model, found, modules, tuple(forward_arguments(model)))
 
 
-def match_params(table: Table, names: Survey, mesh: Mesh) -> tuple[dict[str, ParamClaim], Sizes, list[Diagnostic]]:
+def match_params(
+    table: Table, names: Survey, mesh: Mesh
+) -> tuple[dict[str, ParamClaim], Sizes, list[Diagnostic]]:
     """Claim every parameter and buffer, and give each its layout."""
     claimed, found = assign(table.params, names.parameters, total=True, what="parameter")
     shaped: list[tuple[str, Entry, tuple[int, ...]]] = []
@@ -132,7 +134,9 @@ def match_points(
         return any(entry.regex.fullmatch(name) for name in absent)
 
     inner = [name for name in shapes if name not in program.entries]
-    claimed, found = assign(table.activations, [*entries, *inner], total=False, what="activation", alive=alive)
+    claimed, found = assign(
+        table.activations, [*entries, *inner], total=False, what="activation", alive=alive
+    )
     missing = [name for name in entries if name not in claimed]
     if missing:
         found += [
@@ -170,7 +174,9 @@ def match_points(
     return claimed, [*found, *wrong.values(), *conflicts, *idle]
 
 
-def _learn_more(sizes: Sizes, fits: list[tuple[str, Entry, tuple[int, ...]]]) -> tuple[Sizes, list[Diagnostic]]:
+def _learn_more(
+    sizes: Sizes, fits: list[tuple[str, Entry, tuple[int, ...]]]
+) -> tuple[Sizes, list[Diagnostic]]:
     more, conflicts = learn_sizes(fits, sizes.known)
     for name in sizes.known:
         more.place[name] = sizes.place[name]
@@ -293,7 +299,9 @@ class Compiler:
             typed = typecheck(program, claims, mesh, has_loss=loss is not None)
             settle(typed.diagnostics)
             layouts = {name: claim.layout for name, claim in params.items()}
-            settle(dry_run(self.names.model, typed.forward, program, layouts, attributes, inputs, loss, training))
+            settle(
+                dry_run(self.names.model, typed.forward, program, layouts, attributes, inputs, loss, training)
+            )
             plan = lower(typed, self.names, units, attributes, self.policy, has_loss=loss is not None)
         return evolve(plan, legal=lambda world: self.legal_meshes(world, inputs, loss))
 
@@ -305,7 +313,14 @@ class Compiler:
         units, unknown = resolve_units(self.rules, self.names.modules, first)
         modules = dict(self.names.model.named_modules())
         attributes, wrong = resolve_attributes(self.rules, modules, mesh.shape)
-        settle([*unknown, *wrong, *unused_axes(table, mesh, pipelined=self.rules.pipeline is not None), *unbuilt(mesh)])
+        settle(
+            [
+                *unknown,
+                *wrong,
+                *unused_axes(table, mesh, pipelined=self.rules.pipeline is not None),
+                *unbuilt(mesh),
+            ]
+        )
         return table, units, attributes
 
     def static(
@@ -326,7 +341,9 @@ class Compiler:
         table, found = parse_table(self.rules)
         known = match_params(table, self.names, mesh)[1].known
         shapes = {name: tuple(item.shape) for name, item in batch.items() if isinstance(item, torch.Tensor)}
-        claimed, wrong = assign(table.activations, shapes, total=True, what="batch entry", alive=lambda _: True)
+        claimed, wrong = assign(
+            table.activations, shapes, total=True, what="batch entry", alive=lambda _: True
+        )
         found += wrong
         plans: dict[str, ActivationPlan] = {}
         for name, entry in claimed.items():
@@ -348,11 +365,15 @@ class Compiler:
                 whole[name] = item
                 continue
             dims = dims_of(entry.spec, item.ndim)
-            shape = [length * degree(mesh, dim.all_axes) for length, dim in zip(item.shape, dims, strict=False)]
+            shape = [
+                length * degree(mesh, dim.all_axes) for length, dim in zip(item.shape, dims, strict=False)
+            ]
             whole[name] = torch.empty(shape, dtype=item.dtype, device="meta")
         return whole
 
-    def program(self, inputs: Mapping[str, Any], loss: Callable[..., Any] | None, training: bool | None) -> Program:
+    def program(
+        self, inputs: Mapping[str, Any], loss: Callable[..., Any] | None, training: bool | None
+    ) -> Program:
         """The trace for a shape of batch, made once."""
         key = (batch_key(inputs), loss, training)
         for known, program in self.traces:

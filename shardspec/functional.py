@@ -5,6 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from shardspec import torch_private
+
+
 def name(tensor: Tensor, label: str) -> Tensor:
     """Name an activation `<module fqn>.<label>`, so that a rule can stand there; the identity otherwise."""
     if has_torch_function((tensor,)):
@@ -23,7 +26,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> t
         ValueError: on the CPU, for a label that is neither; elsewhere a device-side assertion.
     """
     if has_torch_function((logits, labels)):
-        return handle_torch_function(cross_entropy, (logits, labels), logits, labels, ignore_index=ignore_index)
+        return handle_torch_function(
+            cross_entropy, (logits, labels), logits, labels, ignore_index=ignore_index
+        )
     check_shapes(logits, labels)
     check_range(labels, logits.shape[-1], "label", ignore_index)
     dtype = accumulation_dtype(logits.dtype)
@@ -60,7 +65,7 @@ def check_range(ids: Tensor, size_V: int, noun: str, ignore_index: int | None = 
     if ignore_index is not None:
         good |= ids == ignore_index
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(good.all(), f"{noun} outside [0, {size_V})")  # pyright: ignore[reportPrivateUsage]
+        torch_private.assert_async(good.all(), f"{noun} outside [0, {size_V})")
     elif not good.all():
         _raise_out_of_range(ids, (~good).nonzero(), size_V, noun, ignore_index)
 

@@ -114,7 +114,9 @@ class Inference:
             typed.types[index] = Type(claim.layout) if claim else None
         for index, value in enumerate(graph.values):
             if value.kind == "constant":
-                typed.types[index] = Type(Layout(tuple((length,) if length != 1 else () for length in value.shape)))
+                typed.types[index] = Type(
+                    Layout(tuple((length,) if length != 1 else () for length in value.shape))
+                )
         for position, node in enumerate(graph.nodes):
             self._node(typed, position, node, fqn)
 
@@ -169,7 +171,9 @@ class Inference:
         try:
             moves = transition(before, after, self.sizes)
         except NoTransition as error:
-            refusal = Refusal("SS306", f"{absolute(fqn, name)} cannot become {entry.rule.value}", why=str(error))
+            refusal = Refusal(
+                "SS306", f"{absolute(fqn, name)} cannot become {entry.rule.value}", why=str(error)
+            )
             self._refuse(typed, position, fqn, refusal, (node.args[0],))
             return
         typed.consumed[position] = (Type(before),)
@@ -236,7 +240,12 @@ class Inference:
         yield from self._trail(frames, index, fqn, set(), 0)
 
     def _trail(
-        self, frames: list[tuple[TypedGraph, int]], index: int, fqn: str, seen: set[tuple[int, int]], depth: int
+        self,
+        frames: list[tuple[TypedGraph, int]],
+        index: int,
+        fqn: str,
+        seen: set[tuple[int, int]],
+        depth: int,
     ) -> Iterator[Stop]:
         typed, _ = frames[-1]
         graph = typed.graph
@@ -301,12 +310,23 @@ def type_operator(call: Call) -> Typed:
         f"no rule is known for {call.node.func}",
         why="an operator without a rule may only read values that are replicated and complete on every axis",
         operands=tuple(i for i, kind in enumerate(call.types) if kind.layout.sharded or kind.layout.pending),
-        axis=next((a for kind in call.types for a in (*kind.layout.sharded, *(p[0] for p in kind.layout.pending))), ""),
+        axis=next(
+            (a for kind in call.types for a in (*kind.layout.sharded, *(p[0] for p in kind.layout.pending))),
+            "",
+        ),
     )
 
 
 def _is_view_or_fill(call: Call) -> bool:
-    return not call.types or call.node.op in ("expand", "broadcast_to", "expand_as", "slice", "narrow", "split", "chunk")
+    return not call.types or call.node.op in (
+        "expand",
+        "broadcast_to",
+        "expand_as",
+        "slice",
+        "narrow",
+        "split",
+        "chunk",
+    )
 
 
 def _is_random(node: Node) -> bool:
@@ -315,7 +335,10 @@ def _is_random(node: Node) -> bool:
     tags = getattr(node.func, "tags", ())
     if node.op in ("dropout", "alpha_dropout", "feature_dropout"):
         return bool(node.args[1]) and bool(node.args[2])
-    return torch.Tag.nondeterministic_seeded in tags and node.op not in ("dropout", "scaled_dot_product_attention")
+    return torch.Tag.nondeterministic_seeded in tags and node.op not in (
+        "dropout",
+        "scaled_dot_product_attention",
+    )
 
 
 def _random_refusal(call: Call) -> Refusal:
@@ -332,7 +355,9 @@ def model_location(issue: Issue) -> Location:
     return issue.typed.graph.nodes[issue.node].location
 
 
-def spec_text(layout: Layout, shape: Sequence[int], known: dict[str, int], prefer: Sequence[str] = ()) -> str | None:
+def spec_text(
+    layout: Layout, shape: Sequence[int], known: dict[str, int], prefer: Sequence[str] = ()
+) -> str | None:
     """A spec for a layout, with names of factors that have the dims' sizes; None where no name fits."""
     parts: list[str] = []
     used: set[str] = set()

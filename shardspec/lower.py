@@ -55,7 +55,9 @@ def owed_axes(typed: TypedProgram) -> tuple[dict[str, frozenset[str]], list[Diag
     return owed, problems
 
 
-def calls(typed: TypedGraph, back: Backward | None, fqn: str) -> Iterator[tuple[str, TypedGraph, Backward | None]]:
+def calls(
+    typed: TypedGraph, back: Backward | None, fqn: str
+) -> Iterator[tuple[str, TypedGraph, Backward | None]]:
     """Every graph as it is called: its FQN, its types, its backward."""
     yield fqn, typed, back
     for position, inner in typed.calls.items():
@@ -151,7 +153,12 @@ def point_collectives(typed: TypedProgram, again: tuple[str, ...]) -> Iterator[C
                     if move.is_collective:
                         size = move.elements(sizes) * value.dtype.itemsize
                         yield Collective(
-                            kind=move.kind, axes=(move.axis,), where=name, phase=phase, count=1, bytes=size,
+                            kind=move.kind,
+                            axes=(move.axis,),
+                            where=name,
+                            phase=phase,
+                            count=1,
+                            bytes=size,
                             why=step.entry.rule.pattern,
                         )
 
@@ -174,10 +181,18 @@ def unit_collectives(
             yield Collective(kind="all_gather", phase="backward", bytes=gathered, why="parameters", **common)
         trained = sum(size for size, plan in zip(whole, stored, strict=True) if plan.trained)
         if trained:
-            yield Collective(kind="reduce_scatter", phase="backward", bytes=trained, why="gradients", **common)
+            yield Collective(
+                kind="reduce_scatter", phase="backward", bytes=trained, why="gradients", **common
+            )
             if mesh["dp"] > 1:
                 share = trained // degree(mesh, axes)
-                yield Collective(kind="all_reduce", phase="backward", bytes=share, why="gradients", **{**common, "axes": ("dp",)})
+                yield Collective(
+                    kind="all_reduce",
+                    phase="backward",
+                    bytes=share,
+                    why="gradients",
+                    **{**common, "axes": ("dp",)},
+                )
 
 
 def _padded(plan: ParamPlan, mesh: Mesh) -> int:
@@ -202,7 +217,9 @@ def reduced_by_hand(plan: ParamPlan) -> tuple[str, ...]:
     return tuple(axis for axis in plan.owed if axis not in done)
 
 
-def step_collectives(params: Mapping[str, ParamPlan], mesh: Mesh, loss: LossPlan | None) -> Iterator[Collective]:
+def step_collectives(
+    params: Mapping[str, ParamPlan], mesh: Mesh, loss: LossPlan | None
+) -> Iterator[Collective]:
     """One coalesced all-reduce for each set of axes that parameters owe, and one for the loss and the norm."""
     groups: Counter[tuple[tuple[str, ...], str]] = Counter()
     for name, plan in params.items():
@@ -210,10 +227,23 @@ def step_collectives(params: Mapping[str, ParamPlan], mesh: Mesh, loss: LossPlan
         if axes and plan.first == name:
             groups[(axes, plan.dtype)] += prod(plan.local_shape) * _itemsize(plan.dtype)
     for (axes, dtype), size in groups.items():
-        yield Collective(kind="all_reduce", axes=axes, where="gradients", phase="step", count=1, bytes=size, why=f"owed, {dtype}")
+        yield Collective(
+            kind="all_reduce",
+            axes=axes,
+            where="gradients",
+            phase="step",
+            count=1,
+            bytes=size,
+            why=f"owed, {dtype}",
+        )
     if loss is not None and mesh.world > 1:
         yield Collective(
-            kind="all_reduce", axes=mesh.axes, where="loss", phase="step", count=1, bytes=3 * 8,
+            kind="all_reduce",
+            axes=mesh.axes,
+            where="loss",
+            phase="step",
+            count=1,
+            bytes=3 * 8,
             why="loss, weight and squared norm",
         )
 
@@ -234,7 +264,10 @@ def substitutions(typed: TypedProgram) -> Iterator[Substitution]:
                 dim = 0 if function == "embedding" else len(graph.graph.values[refs[0].index].shape) - 1
                 layout = graph.consumed[position][0].layout
                 yield Substitution(
-                    path=path, function=function, axes=dim_axes(layout.dims[dim]), ordinal=ordinal,
+                    path=path,
+                    function=function,
+                    axes=dim_axes(layout.dims[dim]),
+                    ordinal=ordinal,
                     size=graph.graph.values[refs[0].index].shape[dim],
                 )
 
@@ -250,9 +283,23 @@ def substitution_collectives(typed: TypedProgram) -> Iterator[Collective]:
             out = graph.graph.values[graph.graph.nodes[position].outputs[0] or 0]
             rows = prod(labels.shape) * out.dtype.itemsize
             axes = dim_axes(logits.dims[-1])
-            yield Collective(kind="all_reduce", axes=axes, where="loss", phase="forward", count=1, bytes=rows, why="maximum")
             yield Collective(
-                kind="all_reduce", axes=axes, where="loss", phase="forward", count=1, bytes=2 * rows, why="normaliser and picked logit"
+                kind="all_reduce",
+                axes=axes,
+                where="loss",
+                phase="forward",
+                count=1,
+                bytes=rows,
+                why="maximum",
+            )
+            yield Collective(
+                kind="all_reduce",
+                axes=axes,
+                where="loss",
+                phase="forward",
+                count=1,
+                bytes=2 * rows,
+                why="normaliser and picked logit",
             )
 
 
@@ -296,7 +343,11 @@ def entry_plan(name: str, entry: Entry, layout: Layout, dtype: str) -> Activatio
     axes = [dim.all_axes for dim in dims_of(entry.spec, len(layout.dims))]
     batch_dim = next((index for index, on in enumerate(axes) if any(axis in BATCH_AXES for axis in on)), None)
     return ActivationPlan(
-        name=name, layout=layout, rule=entry.rule.pattern, dtype=dtype.removeprefix("torch."), batch_dim=batch_dim
+        name=name,
+        layout=layout,
+        rule=entry.rule.pattern,
+        dtype=dtype.removeprefix("torch."),
+        batch_dim=batch_dim,
     )
 
 
@@ -324,7 +375,8 @@ def lower_loss(typed: TypedProgram) -> tuple[LossPlan | None, list[Diagnostic]]:
             axis, way = next(pair for pair in kind.layout.pending if pair[1] != "sum")
             problems.append(
                 _bad_loss(
-                    f"the loss's {what} is pending {way} over {axis}", location,
+                    f"the loss's {what} is pending {way} over {axis}",
+                    location,
                     why="ranks may hold different numbers of tokens, so that a mean of means is not the mean",
                 )
             )
@@ -351,8 +403,11 @@ def _bad_loss(what: str, location: Location | None, why: str = "") -> Diagnostic
 
 def output_layouts(typed: TypedProgram) -> tuple[Layout, ...]:
     """The layouts of forward's outputs."""
-    return tuple(typed.forward.layout(index) for index in typed.program.outputs if typed.forward.types[index] is not None)
-
+    return tuple(
+        typed.forward.layout(index)
+        for index in typed.program.outputs
+        if typed.forward.types[index] is not None
+    )
 
 
 def last_unit(typed: TypedProgram, units: tuple[UnitPlan, ...]) -> str:
@@ -371,7 +426,9 @@ def last_unit(typed: TypedProgram, units: tuple[UnitPlan, ...]) -> str:
 def failed(error: Exception, inputs: Mapping[str, Any]) -> Diagnostic:
     """SS402 for a forward or a loss that does not run on the batch's shapes, whatever the mesh."""
     shapes = ", ".join(
-        f"{name} {tuple(item.shape)} {str(item.dtype).removeprefix('torch.')}" if hasattr(item, "dtype") else name
+        f"{name} {tuple(item.shape)} {str(item.dtype).removeprefix('torch.')}"
+        if hasattr(item, "dtype")
+        else name
         for name, item in inputs.items()
     )
     message = str(error).splitlines()[0] if str(error) else type(error).__name__

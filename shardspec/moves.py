@@ -88,7 +88,9 @@ def transition(before: Layout, after: Layout, sizes: Sizes) -> tuple[Move, ...]:
     """
     for axis, kind in after.pending:
         if before.pending_kind(axis) != kind:
-            raise NoTransition(f"the rule leaves the value pending over {axis}, and it is {before.describe(axis)}")
+            raise NoTransition(
+                f"the rule leaves the value pending over {axis}, and it is {before.describe(axis)}"
+            )
     moves: list[Move] = []
     now = before
     for step in _plan(before, after, sizes):
@@ -101,7 +103,11 @@ def transition(before: Layout, after: Layout, sizes: Sizes) -> tuple[Move, ...]:
 def apply(layout: Layout, move: Move, sizes: Sizes) -> Layout:
     """The layout after a move."""
     dims = list(layout.dims)
-    pending = tuple(item for item in layout.pending if item[0] != move.axis or move.kind not in ("all_reduce", "reduce_scatter"))
+    pending = tuple(
+        item
+        for item in layout.pending
+        if item[0] != move.axis or move.kind not in ("all_reduce", "reduce_scatter")
+    )
     size = sizes[move.axis]
     if move.kind in ("all_gather", "all_to_all"):
         dims[move.dim] = _gathered(dims[move.dim], move.axis, size)
@@ -134,8 +140,17 @@ def _plan(before: Layout, after: Layout, sizes: Sizes) -> Iterator[Move]:
     for axis in sorted(drop, key=lambda axis: now.sharded[axis]):
         dim = now.sharded[axis]
         gather = Move("all_gather", axis, dim, _outer(now.dims[dim], axis))
-        if axis in target and target[axis] != dim and not any(other in drop for other in now.dims[target[axis]]):
-            swap = evolve(gather, kind="all_to_all", to_dim=target[axis], to_outer=_outer(after.dims[target[axis]], axis))
+        if (
+            axis in target
+            and target[axis] != dim
+            and not any(other in drop for other in now.dims[target[axis]])
+        ):
+            swap = evolve(
+                gather,
+                kind="all_to_all",
+                to_dim=target[axis],
+                to_outer=_outer(after.dims[target[axis]], axis),
+            )
             cut = _sliced(now.dims[swap.to_dim], axis, swap.to_outer, sizes[axis])
             if cut is not None and _in_order(cut, after.dims[swap.to_dim]):
                 now = apply(now, swap, sizes)
@@ -184,7 +199,9 @@ def _same_place(axis: str, old: DimLayout, new: DimLayout) -> bool:
     return _outer(old, axis) == _outer(new, axis)
 
 
-def adjoint(moves: Sequence[Move], owed: set[str], sizes: Sizes, shape: tuple[int, ...]) -> tuple[tuple[Move, ...], set[str]]:
+def adjoint(
+    moves: Sequence[Move], owed: set[str], sizes: Sizes, shape: tuple[int, ...]
+) -> tuple[tuple[Move, ...], set[str]]:
     """The moves of the backward, and the axes over which the input's cotangent is owed.
 
     Args:

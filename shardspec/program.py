@@ -67,7 +67,9 @@ class Node:
 
         from shardspec.rules.table import _shorten
 
-        return Location(file=_shorten(self.file), line=self.line, text=linecache.getline(self.file, self.line).strip())
+        return Location(
+            file=_shorten(self.file), line=self.line, text=linecache.getline(self.file, self.line).strip()
+        )
 
 
 @define(slots=True, eq=False)

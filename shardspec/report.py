@@ -39,7 +39,13 @@ def _table(title: str, *columns: tuple[str, str]) -> Table:
 
 def _parameters(plan: Plan) -> Table:
     table = _table(
-        "parameters", ("name", "left"), ("n", "right"), ("shape", "left"), ("on a rank", "left"), ("spec", "left"), ("owed over", "left")
+        "parameters",
+        ("name", "left"),
+        ("n", "right"),
+        ("shape", "left"),
+        ("on a rank", "left"),
+        ("spec", "left"),
+        ("owed over", "left"),
     )
     rows: dict[tuple[str, ...], int] = {}
     for name, param in plan.params.items():
@@ -53,7 +59,14 @@ def _parameters(plan: Plan) -> Table:
 
 
 def _activations(plan: Plan) -> Table:
-    table = _table("declared activations", ("name", "left"), ("n", "right"), ("arrives", "left"), ("leaves", "left"), ("rule", "left"))
+    table = _table(
+        "declared activations",
+        ("name", "left"),
+        ("n", "right"),
+        ("arrives", "left"),
+        ("leaves", "left"),
+        ("rule", "left"),
+    )
     rows: dict[tuple[str, ...], int] = {}
     for name, activation in plan.activations.items():
         if activation.rule:
@@ -72,7 +85,9 @@ def _collectives(plan: Plan) -> Table:
     )  # fmt: skip
     order = {"forward": 0, "backward": 1, "step": 2}
     for row in sorted(plan.collectives, key=lambda row: order[row.phase]):
-        table.add_row(row.phase, row.kind, ",".join(row.axes), row.where, str(row.count), size_text(row.bytes), row.why)
+        table.add_row(
+            row.phase, row.kind, ",".join(row.axes), row.where, str(row.count), size_text(row.bytes), row.why
+        )
     return table
 
 
@@ -111,5 +126,3 @@ def size_text(size: int) -> str:
             return f"{amount:.0f} {unit}" if unit == "B" or amount >= 100 else f"{amount:.1f} {unit}"
         amount /= 1024
     return f"{amount:.1f} TiB"
-
-

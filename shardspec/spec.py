@@ -1,9 +1,9 @@
 """The spec language: one string a tensor, `(H@tp hd)@fsdp D`, parsed into frozen values.
 
-    spec   = { dim | "..." } { "+" axis }
-    dim    = factor | "(" factor { factor } ")" [ axes ]
-    factor = ( name | integer ) [ axes ]
-    axes   = "@" axis | "@(" axis { "," axis } ")"
+spec   = { dim | "..." } { "+" axis }
+dim    = factor | "(" factor { factor } ")" [ axes ]
+factor = ( name | integer ) [ axes ]
+axes   = "@" axis | "@(" axis { "," axis } ")"
 """
 
 import re
@@ -122,7 +122,9 @@ class _Reader:
         while position < end:
             match = TOKEN.match(self.text, position)
             if match is None:
-                raise SpecError(f"{self.text!r}: cannot read {self.text[position:].strip()[:1]!r} at column {position + 1}")
+                raise SpecError(
+                    f"{self.text!r}: cannot read {self.text[position:].strip()[:1]!r} at column {position + 1}"
+                )
             yield match.lastgroup or "", match.group().strip(), match.start(match.lastgroup or 0)
             position = match.end()
 
@@ -177,7 +179,9 @@ def _parse_factor(reader: _Reader) -> Factor:
     axes = _parse_axes(reader)
     if kind == "number":
         if axes:
-            raise SpecError(f"{reader.text!r}: the plain number {text} cannot be split; give the factor a name")
+            raise SpecError(
+                f"{reader.text!r}: the plain number {text} cannot be split; give the factor a name"
+            )
         return Factor("", int(text), axes)
     return Factor(text, None, axes)
 
@@ -190,7 +194,9 @@ def _parse_group(reader: _Reader) -> Dim:
     if not factors:
         raise reader.fail("a factor's name")
     if reader.peek() == ("mark", "+"):
-        raise SpecError(f"{reader.text!r}: a direct sum in a group is not part of the language yet; split the projection")
+        raise SpecError(
+            f"{reader.text!r}: a direct sum in a group is not part of the language yet; split the projection"
+        )
     reader.expect(")")
     return Dim(tuple(factors), _parse_axes(reader), grouped=True)
 

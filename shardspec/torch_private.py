@@ -10,6 +10,27 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+
+OpOverload = torch._ops.OpOverload
+"""The class of `torch.ops.aten.add.Tensor` and its kin."""
+
+disabled_torch_function = torch._C._disabled_torch_function_impl
+"""The `__torch_function__` of a tensor subclass that wants none."""
+
+set_grad_enabled = torch._C._set_grad_enabled
+"""Switches gradients on even where `torch.set_grad_enabled` would be recorded by a mode."""
+
+assert_async = torch._assert_async
+"""A device-side assertion, without a sync."""
+
+foreach_copy_ = torch._foreach_copy_
+foreach_div_ = torch._foreach_div_
+foreach_norm = torch._foreach_norm
+fused_adamw_ = torch._fused_adamw_
+fused_sgd_ = torch._fused_sgd_
+"""The kernels below torch.optim and clip_grad_norm_: one launch for many tensors."""
 
 
 def strided_shard(dim: int, split_factor: int) -> Placement:
@@ -17,7 +38,9 @@ def strided_shard(dim: int, split_factor: int) -> Placement:
     return _StridedShard(dim, split_factor=split_factor)
 
 
-def make_spec(mesh: DeviceMesh, placements: tuple[Placement, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+def make_spec(
+    mesh: DeviceMesh, placements: tuple[Placement, ...], shape: tuple[int, ...], dtype: torch.dtype
+) -> Any:
     """What a DTensor needs to know beside its local tensor; made once, shared by every view."""
     stride: list[int] = []
     step = 1
@@ -63,7 +86,11 @@ def bind_fsdp(record: Any, local: Tensor) -> None:
     size = record.padded_sharded_param_size
     if local.size() == size and local.is_contiguous():
         padded = local
-    elif local._base is not None and local._base.size() == size and local.storage_offset() == local._base.storage_offset():
+    elif (
+        local._base is not None
+        and local._base.size() == size
+        and local.storage_offset() == local._base.storage_offset()
+    ):
         padded = local._base
     else:
         padded = local.new_zeros(size)
@@ -86,7 +113,9 @@ def empty_padded(record: Any, shape: tuple[int, ...], dtype: torch.dtype, device
     """A local tensor of `shape` for a parameter of FSDP2, lying in zeroed rows that pad it."""
     dim = record.fsdp_placement.dim
     padded = torch.zeros(record.padded_sharded_param_size, dtype=dtype, device=device)
-    return padded if tuple(padded.shape) == shape else padded.narrow(dim, 0, shape[dim] if padded.numel() else 0)
+    return (
+        padded if tuple(padded.shape) == shape else padded.narrow(dim, 0, shape[dim] if padded.numel() else 0)
+    )
 
 
 def reduce_scatter(out: Tensor, parts: Tensor, group: dist.ProcessGroup) -> None:

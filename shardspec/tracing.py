@@ -15,12 +15,12 @@ import torch
 from attrs import define, field
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardspec.diagnostics import Location
 from shardspec.functional import name
 from shardspec.program import Block, BlockCall, Graph, Node, Program, Ref, Value, tensors
 from shardspec.rules.operator import RULES
+from shardspec.torch_private import OpOverload, TorchDispatchMode, set_grad_enabled
 
 aten = torch.ops.aten
 
@@ -67,10 +67,13 @@ def twin(model: nn.Module, place: Callable[[str, torch.Tensor], torch.Tensor]) -
         made[id(module)] = new
         state = new.__dict__
         state.update(module.__dict__)
-        state["_parameters"] = {name: tensor(prefix + name, value) for name, value in module._parameters.items()}
+        state["_parameters"] = {
+            name: tensor(prefix + name, value) for name, value in module._parameters.items()
+        }
         state["_buffers"] = {name: tensor(prefix + name, value) for name, value in module._buffers.items()}
         state["_modules"] = {
-            name: None if child is None else build(child, f"{prefix}{name}.") for name, child in module._modules.items()
+            name: None if child is None else build(child, f"{prefix}{name}.")
+            for name, child in module._modules.items()
         }
         return new
 
@@ -103,7 +106,9 @@ def to_meta(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.device.type == "meta":
         return tensor
     meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return nn.Parameter(meta, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+    return (
+        nn.Parameter(meta, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+    )
 
 
 @define(slots=True, eq=False)
@@ -162,7 +167,9 @@ class Tracer(TorchDispatchMode):
 
     def _capture(self, tensor: torch.Tensor) -> int:
         """A value of an outer graph, read inside a block: one more input of the block."""
-        index = self.enter(tensor, Value(tuple(tensor.shape), tensor.dtype, "", "formal", tensor.requires_grad))
+        index = self.enter(
+            tensor, Value(tuple(tensor.shape), tensor.dtype, "", "formal", tensor.requires_grad)
+        )
         self.frame.graph.inputs.append(index)
         self.captured[-1].append(tensor)
         return index
@@ -217,7 +224,17 @@ class Tracer(TorchDispatchMode):
         """Append a node with its outputs and give back the outputs."""
         file, line = user_line()
         graph = self.frame.graph
-        node = Node(name, func, self.refs(tuple(args)), self.refs(kwargs), (), self.path, file, line, torch.is_grad_enabled())
+        node = Node(
+            name,
+            func,
+            self.refs(tuple(args)),
+            self.refs(kwargs),
+            (),
+            self.path,
+            file,
+            line,
+            torch.is_grad_enabled(),
+        )
         graph.nodes.append(node)
         outs = out if isinstance(out, (list, tuple)) else (out,)
         datas = data if isinstance(data, (list, tuple)) else (data,) * len(outs)
@@ -264,7 +281,9 @@ class Tracer(TorchDispatchMode):
             return None
         options = {key: value for key, value in kwargs.items() if key != "device"}
         out = func(*known, **options, **({"device": torch.device("cpu")} if not reads else {}))
-        if isinstance(out, torch.Tensor) and (out.numel() > CONSTANT_LIMIT or (out.is_floating_point() and out.ndim)):
+        if isinstance(out, torch.Tensor) and (
+            out.numel() > CONSTANT_LIMIT or (out.is_floating_point() and out.ndim)
+        ):
             return None
         return out
 
@@ -276,7 +295,9 @@ class Tracer(TorchDispatchMode):
             if fqn:
                 module.__dict__["forward"] = functools.partial(self.call, module, fqn, module.forward)
 
-    def call(self, module: nn.Module, fqn: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def call(
+        self, module: nn.Module, fqn: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """One call of a module."""
         if is_block(fqn):
             return self.block(module, fqn, forward, args, kwargs)
@@ -345,7 +366,9 @@ class Tracer(TorchDispatchMode):
         source = self.value_of(tensor)
         data = graph.values[source].data if tuple(out.shape) == tuple(tensor.shape) else None
         index = self.enter(out, Value(tuple(out.shape), out.dtype, data=data))
-        node = Node("point", names, (Ref(source),), {}, (index,), self.path, file, line, torch.is_grad_enabled())
+        node = Node(
+            "point", names, (Ref(source),), {}, (index,), self.path, file, line, torch.is_grad_enabled()
+        )
         graph.nodes.append(node)
         return out
 
@@ -450,7 +473,18 @@ class Recorder(Tracer):
             outputs.append(self.enter(tensor, Value(found.shape, found.dtype)))
         relative = fqn[len(self.frame.prefix) :]
         call = BlockCall(block, relative)
-        node = Node("block", call, args, {}, tuple(outputs), self.path, file, line, torch.is_grad_enabled(), self.refs(out))
+        node = Node(
+            "block",
+            call,
+            args,
+            {},
+            tuple(outputs),
+            self.path,
+            file,
+            line,
+            torch.is_grad_enabled(),
+            self.refs(out),
+        )
         graph.nodes.append(node)
         return out
 
@@ -463,7 +497,9 @@ class Recorder(Tracer):
         if known.shape != self._shape(module, fqn):
             return False
         modules = dict(module.named_modules()) if known.reads else {}
-        return all(_equal(modules[path].__dict__.get(name), value) for (path, name), value in known.reads.items())
+        return all(
+            _equal(modules[path].__dict__.get(name), value) for (path, name), value in known.reads.items()
+        )
 
     def _shape(self, module: nn.Module, fqn: str) -> Any:
         """The class tree with what is registered in it: two blocks with equal shapes run the same code."""
@@ -513,7 +549,11 @@ class Recorder(Tracer):
         tracer = self
 
         def getter(self: Any, name: str) -> Any:
-            if not name.startswith("__") and name not in MODULE_STATE and name in object.__getattribute__(self, "__dict__"):
+            if (
+                not name.startswith("__")
+                and name not in MODULE_STATE
+                and name in object.__getattribute__(self, "__dict__")
+            ):
                 tracer.reads.append((self, name))
             return kind.__getattribute__(self, name)
 
@@ -617,7 +657,7 @@ class Whole(TorchFunctionMode):
             tensor, label = args
             path = self.tracer.path
             return self.tracer.point((f"{path}.{label}" if path else label,), tensor)
-        if func in RULES and not isinstance(func, torch._ops.OpOverload):
+        if func in RULES and not isinstance(func, OpOverload):
             self.tracer.muted = True
             out = func.meta(*args, **kwargs)
             self.tracer.muted = False
@@ -638,7 +678,9 @@ def argument_names(function: Callable[..., Any]) -> list[str]:
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
         inspect.Parameter.KEYWORD_ONLY,
     )
-    return [name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind in kinds]
+    return [
+        name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind in kinds
+    ]
 
 
 def user_line() -> tuple[str, int]:
@@ -710,21 +752,27 @@ def trace(
     program = Program()
     tracer = Recorder(program, ghost)
     tracer.attach()
-    batch = {name: to_meta(name, item) if isinstance(item, torch.Tensor) else item for name, item in inputs.items()}
+    batch = {
+        name: to_meta(name, item) if isinstance(item, torch.Tensor) else item for name, item in inputs.items()
+    }
     for name, tensor in batch.items():
         if isinstance(tensor, torch.Tensor):
-            program.entries[name] = tracer.enter(tensor, Value(tuple(tensor.shape), tensor.dtype, name, "entry"))
+            program.entries[name] = tracer.enter(
+                tensor, Value(tuple(tensor.shape), tensor.dtype, name, "entry")
+            )
     run(tracer, ghost, batch, loss_fn)
     return program, ghost
 
 
-def run(tracer: Tracer, model: nn.Module, batch: Mapping[str, Any], loss_fn: Callable[..., Any] | None) -> Any:
+def run(
+    tracer: Tracer, model: nn.Module, batch: Mapping[str, Any], loss_fn: Callable[..., Any] | None
+) -> Any:
     """Run forward and loss under a tracer; the program's `result` and `outputs` are set."""
     program = tracer.frames[0].graph
     assert isinstance(program, Program)
     arguments = {name: value for name, value in batch.items() if name in forward_arguments(model)}
     with torch.inference_mode(), torch.no_grad():
-        torch._C._set_grad_enabled(True)
+        set_grad_enabled(True)
         with Whole(tracer), tracer:
             out = model(**arguments)
             program.outputs = [ref.index for ref in tensors(tracer.refs(out))]
@@ -744,17 +792,19 @@ def forward_arguments(model: nn.Module) -> list[str]:
 def required_arguments(model: nn.Module) -> list[str]:
     """The names of the arguments that forward cannot be called without."""
     parameters = inspect.signature(type(model).forward).parameters
-    return [
-        name
-        for name in forward_arguments(model)
-        if parameters[name].default is inspect.Parameter.empty
-    ]
+    return [name for name in forward_arguments(model) if parameters[name].default is inspect.Parameter.empty]
 
 
 def user_frame(error: BaseException) -> tuple[Location, ...]:
     """The line of the model at which an error surfaced, if it came from one."""
     frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((_HERE, _TORCH))
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((_HERE, _TORCH))
     ]
     inner = [frame for frame in frames if "importlib" not in frame.filename]
-    return (Location(file=inner[-1].filename, line=inner[-1].lineno or 0, text=inner[-1].line or ""),) if inner else ()
+    return (
+        (Location(file=inner[-1].filename, line=inner[-1].lineno or 0, text=inner[-1].line or ""),)
+        if inner
+        else ()
+    )

@@ -106,7 +106,11 @@ def resolve_attributes(
                 axes = parse(text).axes
             except SpecError as error:
                 found.append(
-                    Diagnostic(code="SS103", what=f"spec cannot be read: {error}", locations=(rules.line_of(pattern),))
+                    Diagnostic(
+                        code="SS103",
+                        what=f"spec cannot be read: {error}",
+                        locations=(rules.line_of(pattern),),
+                    )
                 )
                 continue
             share = 1

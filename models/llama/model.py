@@ -33,10 +33,9 @@ class LlamaConfig:
     rope_scale: float = 1.0
     norm_eps: float = 1e-5
     tied: bool = False
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
+    head_dim: int = attrs.field(
+        default=attrs.Factory(lambda self: self.dim // self.n_heads, takes_self=True)
+    )
 
 
 class Linear(nn.Linear):

@@ -18,14 +18,28 @@ from shardspec.rules.operator import (
 aten = torch.ops.aten
 
 
-def _with_bias(call: Call, labels: list[list[Label]], out: list[Label], bias: int | None, bias_labels: list[Label]) -> Typed:
+def _with_bias(
+    call: Call, labels: list[list[Label]], out: list[Label], bias: int | None, bias_labels: list[Label]
+) -> Typed:
     """A product of two operands, and a bias that is added to it."""
     if bias is None:
         return unify(call, labels, [out], linear=PRODUCT)
     order = [index for index in range(len(call.types)) if index != bias]
-    product = Call(call.node, call.values, tuple(call.types[i] for i in order), call.sizes, tuple(call.refs[i] for i in order))
+    product = Call(
+        call.node,
+        call.values,
+        tuple(call.types[i] for i in order),
+        call.sizes,
+        tuple(call.refs[i] for i in order),
+    )
     typed = unify(product, labels, [out], linear=PRODUCT)
-    added = Call(call.node, call.values, (typed.outputs[0], call.types[bias]), call.sizes, (call.refs[0], call.refs[bias]))
+    added = Call(
+        call.node,
+        call.values,
+        (typed.outputs[0], call.types[bias]),
+        call.sizes,
+        (call.refs[0], call.refs[bias]),
+    )
     try:
         result = unify(added, [out, bias_labels], [out], linear=JOINT)
     except Refusal as refusal:
@@ -61,7 +75,9 @@ def bmm(call: Call) -> Typed:
 def addmm(call: Call) -> Typed:
     """bias [n] or [m, n], plus [m, k] x [k, n]."""
     shape = call.shape(0)
-    names: list[Label] = [None if length == 1 else label for length, label in zip(shape, ["m", "n"][-len(shape) :], strict=True)]
+    names: list[Label] = [
+        None if length == 1 else label for length, label in zip(shape, ["m", "n"][-len(shape) :], strict=True)
+    ]
     return _with_bias(call, [["m", "k"], ["k", "n"]], ["m", "n"], 0, names)
 
 
@@ -113,10 +129,10 @@ def einsum(call: Call) -> Typed:
     names = [list(part) for part in left.split(",")]
     for index, part in enumerate(names):
         if len(set(part)) != len(part):
-            raise Refusal("SS305", f"einsum reads a diagonal of operand {index}", why=f"{''.join(part)!r} repeats a dim")
+            raise Refusal(
+                "SS305", f"einsum reads a diagonal of operand {index}", why=f"{''.join(part)!r} repeats a dim"
+            )
     if not arrow:
         letters = left.replace(",", "")
         right = "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
     return unify(call, names, [list(right)], linear=PRODUCT)
-
-

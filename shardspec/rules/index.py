@@ -30,7 +30,9 @@ def embedding(call: Call) -> Typed:
     axes = dim_axes(rows)
     if axes:
         if rows[: len(axes)] != axes:
-            raise Refusal("SS304", "embedding looks up rows that a rank holds in strides", operands=(0,), axis=axes[0])
+            raise Refusal(
+                "SS304", "embedding looks up rows that a rank holds in strides", operands=(0,), axis=axes[0]
+            )
         typed.lowering = "embedding"
     return typed
 
@@ -64,9 +66,18 @@ def gather(call: Call) -> Typed:
     """out[i][j] = x[index[i][j]][j]: the dim must be whole, the others alike."""
     shape, wanted = call.shape(0), call.shape(1)
     dim = int(call.named["dim"]) % len(shape)
-    names: list[Label] = [index if index != dim and shape[index] == wanted[index] else ("x", index) for index in range(len(shape))]
+    names: list[Label] = [
+        index if index != dim and shape[index] == wanted[index] else ("x", index)
+        for index in range(len(shape))
+    ]
     out: list[Label] = list(range(len(shape)))
-    return unify(call, [names, out], [out], linear=FIRST, whole=[name for name in names if isinstance(name, tuple)] + [dim])
+    return unify(
+        call,
+        [names, out],
+        [out],
+        linear=FIRST,
+        whole=[name for name in names if isinstance(name, tuple)] + [dim],
+    )
 
 
 @rule(aten.index_select.default)
@@ -100,7 +111,14 @@ def fill_like(call: Call) -> Typed:
     return Typed((Type(Layout(kind.layout.dims), kind.uniform),), call.types)
 
 
-@rule(aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default, aten.scalar_tensor.default, aten.eye.default)
+@rule(
+    aten.arange.default,
+    aten.arange.start,
+    aten.arange.start_step,
+    aten.linspace.default,
+    aten.scalar_tensor.default,
+    aten.eye.default,
+)
 def count(call: Call) -> Typed:
     """Values that depend on the index: every rank makes all of them."""
     return Typed((unsplit(call.out().shape),), call.types)
@@ -110,4 +128,3 @@ def count(call: Call) -> Typed:
 def outer(call: Call) -> Typed:
     """[m] x [n] -> [m, n]."""
     return unify(call, [["m"], ["n"]], [["m", "n"]], linear=PRODUCT)
-

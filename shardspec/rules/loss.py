@@ -27,7 +27,12 @@ def token_loss(call: Call) -> Typed:
     classes = kind.layout.dims[-1]
     split = dim_axes(classes)
     if split and classes[: len(split)] != split:
-        raise Refusal("SS304", "cross_entropy reads a vocabulary that a rank holds in strides", operands=(0,), axis=split[0])
+        raise Refusal(
+            "SS304",
+            "cross_entropy reads a vocabulary that a rank holds in strides",
+            operands=(0,),
+            axis=split[0],
+        )
     typed = unify(call, [[*lead, "V"], lead], [[], []])
     kept = tuple((axis, SUM) for axis, _ in typed.outputs[0].layout.pending if axis not in split)
     outputs = tuple(Type(type(kind.layout)((), kept)) for _ in range(2))

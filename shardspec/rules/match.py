@@ -79,7 +79,9 @@ def parse_table(rules: Rules) -> tuple[Table, list[Diagnostic]]:
             regex = re.compile(rule.pattern)
             spec = rule.value.spec() if isinstance(rule.value, P) else parse(rule.value)
         except re.error as error:
-            found.append(Diagnostic(code="SS103", what=f"pattern cannot be read: {error}", locations=(rule.location,)))
+            found.append(
+                Diagnostic(code="SS103", what=f"pattern cannot be read: {error}", locations=(rule.location,))
+            )
             continue
         except SpecError as error:
             found.append(_bad_spec(rule, str(error)))
@@ -97,7 +99,9 @@ def _bad_spec(rule: Rule, message: str) -> Diagnostic:
     if axis:
         near = difflib.get_close_matches(axis.group(1), AXES, n=1, cutoff=0.3)
         advice = (f"did you mean {near[0]}?",) if near else ()
-    return Diagnostic(code="SS103", what=f"spec cannot be read: {message}", locations=(rule.location,), advice=advice)
+    return Diagnostic(
+        code="SS103", what=f"spec cannot be read: {message}", locations=(rule.location,), advice=advice
+    )
 
 
 def _check_axes(rule: Rule, spec: Spec) -> Iterator[Diagnostic]:
@@ -124,7 +128,10 @@ def _check_axes(rule: Rule, spec: Spec) -> Iterator[Diagnostic]:
 def _check_storage(rule: Rule, spec: Spec) -> Iterator[Diagnostic]:
     if spec.ellipsis is not None:
         yield Diagnostic(
-            code="SS205", what="'...' in a parameter's spec", why="every dim of a parameter is named", locations=(rule.location,)
+            code="SS205",
+            what="'...' in a parameter's spec",
+            why="every dim of a parameter is named",
+            locations=(rule.location,),
         )
     stored = [dim for dim in spec.dims if any(axis in STORAGE_AXES for axis in dim.all_axes)]
     if len(stored) > 1:
@@ -139,7 +146,9 @@ def _check_storage(rule: Rule, spec: Spec) -> Iterator[Diagnostic]:
         kinds = [axis in STORAGE_AXES for axis in axes]
         inner = [axis for factor in dim.factors for axis in factor.axes if axis in STORAGE_AXES]
         if kinds != sorted(kinds):
-            right = [axis for axis in axes if axis not in STORAGE_AXES] + [axis for axis in axes if axis in STORAGE_AXES]
+            right = [axis for axis in axes if axis not in STORAGE_AXES] + [
+                axis for axis in axes if axis in STORAGE_AXES
+            ]
             yield Diagnostic(
                 code="SS209",
                 what=f"{axes[0]} before {right[0]} on one dim: storage is split after compute",
@@ -157,7 +166,12 @@ def _check_storage(rule: Rule, spec: Spec) -> Iterator[Diagnostic]:
             )
     for axis in spec.pending:
         if axis in STORAGE_AXES:
-            yield Diagnostic(code="SS208", what=f"+{axis} on a parameter", why=f"{axis} only stores", locations=(rule.location,))
+            yield Diagnostic(
+                code="SS208",
+                what=f"+{axis} on a parameter",
+                why=f"{axis} only stores",
+                locations=(rule.location,),
+            )
 
 
 def fold(name: str) -> str:
@@ -179,7 +193,12 @@ def as_pattern(folded_name: str) -> str:
 
 
 def assign(
-    entries: Sequence[Entry], names: Iterable[str], *, total: bool, what: str, alive: Callable[[Entry], bool] = lambda _: False
+    entries: Sequence[Entry],
+    names: Iterable[str],
+    *,
+    total: bool,
+    what: str,
+    alive: Callable[[Entry], bool] = lambda _: False,
 ) -> tuple[dict[str, Entry], list[Diagnostic]]:
     """Match names to entries.
 
@@ -228,7 +247,9 @@ def _count(names: Sequence[str]) -> str:
     return f"{len(names)} names: {names[0]} ..." if len(names) > 1 else names[0]
 
 
-def _unclaimed(unclaimed: Sequence[str], dead: list[Entry], names: Sequence[str], what: str) -> Iterator[Diagnostic]:
+def _unclaimed(
+    unclaimed: Sequence[str], dead: list[Entry], names: Sequence[str], what: str
+) -> Iterator[Diagnostic]:
     """One message for a dead rule and the names that it was meant for, where the two look alike."""
     groups = folded(unclaimed)
     left = list(dead)
@@ -256,7 +277,9 @@ def _unclaimed(unclaimed: Sequence[str], dead: list[Entry], names: Sequence[str]
             fixes=(fix,) if safe and all(regex.fullmatch(name) for name in missed) else (),
         )
     for entry in left:
-        near = difflib.get_close_matches(entry.rule.pattern, [as_pattern(name) for name in folded(names)], n=1, cutoff=0.5)
+        near = difflib.get_close_matches(
+            entry.rule.pattern, [as_pattern(name) for name in folded(names)], n=1, cutoff=0.5
+        )
         yield Diagnostic(
             code="SS203",
             what="the rule matches nothing",
@@ -298,7 +321,9 @@ def dims_of(spec: Spec, rank: int) -> list[Dim]:
     return dims + [free] * (rank - len(dims))
 
 
-def learn_sizes(claims: Iterable[tuple[str, Entry, Sequence[int]]], given: Mapping[str, int]) -> tuple[Sizes, list[Diagnostic]]:
+def learn_sizes(
+    claims: Iterable[tuple[str, Entry, Sequence[int]]], given: Mapping[str, int]
+) -> tuple[Sizes, list[Diagnostic]]:
     """The size of every factor that a claimed shape tells; SS206 for a name with two sizes or a literal that differs."""
     sizes = Sizes(dict(given), {name: ("sizes=", None) for name in given})
     found: dict[object, Diagnostic] = {}
@@ -320,7 +345,9 @@ def learn_sizes(claims: Iterable[tuple[str, Entry, Sequence[int]]], given: Mappi
                 else:
                     product *= size
             if not unknown and product != length:
-                found[(entry, dim)] = _two_sizes(f"({' '.join(map(str, dim.factors))})", product, length, name, entry, sizes, dim)
+                found[(entry, dim)] = _two_sizes(
+                    f"({' '.join(map(str, dim.factors))})", product, length, name, entry, sizes, dim
+                )
             elif unknown and not several:
                 if length % product:
                     found[(entry, dim)] = _two_sizes(str(dim), product, length, name, entry, sizes, dim)
@@ -330,7 +357,13 @@ def learn_sizes(claims: Iterable[tuple[str, Entry, Sequence[int]]], given: Mappi
 
 
 def _learn(
-    sizes: Sizes, factor: str, literal: int | None, length: int, name: str, entry: Entry, found: dict[object, Diagnostic]
+    sizes: Sizes,
+    factor: str,
+    literal: int | None,
+    length: int,
+    name: str,
+    entry: Entry,
+    found: dict[object, Diagnostic],
 ) -> None:
     if literal is not None and literal != length:
         found[(entry, factor, literal)] = Diagnostic(
@@ -355,7 +388,9 @@ def _learn(
         )
 
 
-def _two_sizes(text: str, product: int, length: int, name: str, entry: Entry, sizes: Sizes, dim: Dim) -> Diagnostic:
+def _two_sizes(
+    text: str, product: int, length: int, name: str, entry: Entry, sizes: Sizes, dim: Dim
+) -> Diagnostic:
     parts = ", ".join(f"{f.name} is {sizes.known[f.name]}" for f in dim.factors if f.name in sizes.known)
     return Diagnostic(
         code="SS206",
@@ -394,7 +429,9 @@ def _digits(
     digits: list[Digit] = []
     rest = length
     group = [axis for axis in dim.axes if axis in live]
-    last = max((i for i, factor in enumerate(dim.factors) if any(axis in live for axis in factor.axes)), default=-1)
+    last = max(
+        (i for i, factor in enumerate(dim.factors) if any(axis in live for axis in factor.axes)), default=-1
+    )
     if group:
         digits += group
         rest, left = divmod(rest, degree(mesh, tuple(group)))

@@ -15,6 +15,7 @@ from shardspec.rules.operator import (
     rule,
     unify,
 )
+from shardspec.torch_private import OpOverload
 
 aten = torch.ops.aten
 
@@ -49,7 +50,7 @@ CASTS = (
 
 def is_pointwise(operator: object) -> bool:
     """Whether torch's own tags call the operator pointwise."""
-    return isinstance(operator, torch._ops.OpOverload) and torch.Tag.pointwise in operator.tags
+    return isinstance(operator, OpOverload) and torch.Tag.pointwise in operator.tags
 
 
 def _has_number(call: Call) -> bool:
@@ -60,7 +61,11 @@ def pointwise(call: Call) -> Typed:
     """Type a pointwise operator with broadcasting."""
     linear = LINEAR.get(call.node.func, NONLINEAR)
     return unify(
-        call, aligned(call), [aligned_output(call.out().shape)], linear=linear, scalars=linear == JOINT and _has_number(call)
+        call,
+        aligned(call),
+        [aligned_output(call.out().shape)],
+        linear=linear,
+        scalars=linear == JOINT and _has_number(call),
     )
 
 
@@ -68,7 +73,13 @@ for _operator in LINEAR:
     rule(_operator)(pointwise)
 
 
-@rule(aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, aten.lift_fresh.default)
+@rule(
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh.default,
+)
 def copy(call: Call) -> Typed:
     """The same elements under another name."""
     return unify(call, aligned(call), [aligned_output(call.out().shape)], linear=COPY)
@@ -97,4 +108,3 @@ def masked_fill(call: Call) -> Typed:
     """Linear in the first operand when it fills with zero."""
     linear = FIRST if call.named.get("value") == 0 else NONLINEAR
     return unify(call, aligned(call), [aligned_output(call.out().shape)], linear=linear)
-

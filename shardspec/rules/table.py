@@ -110,7 +110,9 @@ class Rules:
         self.__attrs_init__(  # pyright: ignore[reportAttributeAccessIssue]
             params=_entries("params", params, origin),
             activations=_entries("activations", activations or {}, origin),
-            units=(units,) if isinstance(units, str) else tuple(unit if isinstance(unit, str) else tuple(unit) for unit in units),
+            units=(units,)
+            if isinstance(units, str)
+            else tuple(unit if isinstance(unit, str) else tuple(unit) for unit in units),
             pipeline=pipeline,
             experts=experts,
             attributes={pattern: dict(named) for pattern, named in (attributes or {}).items()},
@@ -125,7 +127,11 @@ class Rules:
 
     def line_of(self, text: str) -> Location:
         """Where a string of the table stands in the source."""
-        return Location(file=_shorten(self.origin.file), line=_line_of(self.origin.file, self.origin.line, text), text=f'r"{text}"')
+        return Location(
+            file=_shorten(self.origin.file),
+            line=_line_of(self.origin.file, self.origin.line, text),
+            text=f'r"{text}"',
+        )
 
     def override(
         self,
@@ -155,7 +161,10 @@ class Rules:
             units=self.units if units is None else tuple(units),
             pipeline=self.pipeline if pipeline is None else pipeline,
             experts=self.experts if experts is None else experts,
-            attributes={**self.attributes, **{pattern: dict(named) for pattern, named in (attributes or {}).items()}},
+            attributes={
+                **self.attributes,
+                **{pattern: dict(named) for pattern, named in (attributes or {}).items()},
+            },
             sizes={**self.sizes, **(sizes or {})},
             origin=self.origin,
         )
@@ -168,7 +177,7 @@ def _absent(pattern: str, rules: Rules, origin: Origin) -> Diagnostic:
     near = difflib.get_close_matches(pattern, [rule.pattern for rule in rules.rules], n=1)
     return Diagnostic(
         code="SS201",
-        what=f"override drops r\"{pattern}\", which the table does not have",
+        what=f'override drops r"{pattern}", which the table does not have',
         why="`drop` names the pattern of an entry, letter for letter",
         locations=(Location(file=_shorten(origin.file), line=_line_of(origin.file, origin.line, pattern)),),
         advice=(f'did you mean r"{near[0]}"?',) if near else (),
@@ -181,5 +190,9 @@ def _entries(kind: str, table: Mapping[str, str | P], origin: Origin) -> tuple[R
 
 def _merge(old: tuple[Rule, ...], new: tuple[Rule, ...], drop: tuple[str, ...]) -> tuple[Rule, ...]:
     replaced = {rule.pattern: rule for rule in new}
-    kept = [replaced.pop(rule.pattern, rule) for rule in old if rule.pattern not in drop or rule.pattern in replaced]
+    kept = [
+        replaced.pop(rule.pattern, rule)
+        for rule in old
+        if rule.pattern not in drop or rule.pattern in replaced
+    ]
     return (*kept, *replaced.values())

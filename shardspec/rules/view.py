@@ -5,7 +5,18 @@ from typing import Any
 
 import torch
 
-from shardspec.layout import CutError, DimLayout, Layout, canonical, dim_axes, dim_text, flatten, global_size, local_size, split
+from shardspec.layout import (
+    CutError,
+    DimLayout,
+    Layout,
+    canonical,
+    dim_axes,
+    dim_text,
+    flatten,
+    global_size,
+    local_size,
+    split,
+)
 from shardspec.rules.operator import COPY, JOINT, Call, Label, Refusal, Type, Typed, rule, unify
 
 aten = torch.ops.aten
@@ -149,7 +160,9 @@ def permute(call: Call) -> Typed:
 @rule(aten.movedim.int, aten.movedim.intlist)
 def movedim(call: Call) -> Typed:
     """Dims moved to given places."""
-    order = torch.empty(tuple(range(2, 2 + len(call.shape(0)))), device="meta").movedim(*call.node.args[1:]).shape
+    order = (
+        torch.empty(tuple(range(2, 2 + len(call.shape(0)))), device="meta").movedim(*call.node.args[1:]).shape
+    )
     return _moved(call, [length - 2 for length in order])
 
 
@@ -207,7 +220,12 @@ def slice_(call: Call) -> Typed:
     start = max(0, start + shape[dim]) if start < 0 else min(start, shape[dim])
     length, step = call.out().shape[dim], int(named.get("step") or 1)
     if step != 1 and dim_axes(kind.layout.dims[dim]):
-        raise Refusal("SS304", f"a slice with step {step} of a split dim", operands=(0,), axis=dim_axes(kind.layout.dims[dim])[0])
+        raise Refusal(
+            "SS304",
+            f"a slice with step {step} of a split dim",
+            operands=(0,),
+            axis=dim_axes(kind.layout.dims[dim])[0],
+        )
     if step != 1:
         digits, local = canonical((length,)), start
     else:
@@ -237,7 +255,13 @@ def select(call: Call) -> Typed:
     return Typed((_with_dim(kind, dim, None),), (_read_whole(kind, dim),))
 
 
-@rule(aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default, aten.unsafe_chunk.default)
+@rule(
+    aten.split.Tensor,
+    aten.split.sizes,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.unsafe_chunk.default,
+)
 def split_(call: Call) -> Typed:
     """A dim cut into consecutive parts."""
     kind = call.types[0]
@@ -264,7 +288,12 @@ def select_all(call: Call, dim: int) -> Type:
     """The type of a row of a whole dim."""
     digits = call.types[0].layout.dims[dim]
     if dim_axes(digits):
-        raise Refusal("SS304", f"unbind of dim {dim}, which is split over {dim_axes(digits)[0]}", operands=(0,), axis=dim_axes(digits)[0])
+        raise Refusal(
+            "SS304",
+            f"unbind of dim {dim}, which is split over {dim_axes(digits)[0]}",
+            operands=(0,),
+            axis=dim_axes(digits)[0],
+        )
     return _with_dim(call.types[0], dim, None)
 
 

@@ -92,8 +92,12 @@ def build_source(model: nn.Module | Callable[[], nn.Module]) -> tuple[nn.Module,
         return module, Source(recipes=recipes)
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
-    source = {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.device.type != "meta"}
+        memo[id(parameter)] = nn.Parameter(
+            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
+        )
+    source = {
+        name: tensor.detach() for name, tensor in model.named_parameters() if tensor.device.type != "meta"
+    }
     return copy.deepcopy(model, memo), Source(tensors=source)
 
 
@@ -162,7 +166,11 @@ def _wrap(module: nn.Module, path: str, policy: Policy) -> None:
 
 
 def _fully_shard(
-    module: nn.Module, params: Mapping[str, ParamPlan], units: tuple[UnitPlan, ...], fabric: Fabric, policy: Policy
+    module: nn.Module,
+    params: Mapping[str, ParamPlan],
+    units: tuple[UnitPlan, ...],
+    fabric: Fabric,
+    policy: Policy,
 ) -> None:
     """FSDP2 on every unit that stores anything, the root last; gradients are sums."""
     named = dict(module.named_parameters())
@@ -181,7 +189,9 @@ def _fully_shard(
         if unit.modules and any(params[name].storage for name in unit.params):
             children = [module.get_submodule(path) for path in unit.modules]
             reshard = chosen(policy.reshard_after_forward, unit.name)
-            fully_shard(children[0] if len(children) == 1 else children, reshard_after_forward=reshard, **common)
+            fully_shard(
+                children[0] if len(children) == 1 else children, reshard_after_forward=reshard, **common
+            )
     fully_shard(module, **common)
     for child in module.modules():
         if isinstance(child, FSDPModule):

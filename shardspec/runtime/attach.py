@@ -113,7 +113,13 @@ class Local(TorchFunctionMode):
 
 
 def _embedding(
-    entry: Substitution, fabric: Fabric, ids: Tensor, weight: Tensor, padding_idx: int | None = None, *_: Any, **__: Any
+    entry: Substitution,
+    fabric: Fabric,
+    ids: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    *_: Any,
+    **__: Any,
 ) -> Tensor:
     first = fabric.place(entry.axes) * weight.shape[0]
     return embedding_sharded(weight, ids, first, entry.size, padding_idx)
@@ -133,7 +139,9 @@ FUNCTIONS: dict[Any, tuple[str, Callable[..., Any]]] = {
 """A function that a model calls -> its name in a plan, and its local form."""
 
 
-def split_points(points: Mapping[str, PointPlan], modules: set[str]) -> Iterator[tuple[str, list[str], list[str], bool]]:
+def split_points(
+    points: Mapping[str, PointPlan], modules: set[str]
+) -> Iterator[tuple[str, list[str], list[str], bool]]:
     """For each module with points: its FQN, its input points, its output points, and whether it has named ones."""
     found: dict[str, tuple[list[str], list[str], list[str]]] = {}
     for full in points:

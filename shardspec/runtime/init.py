@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardspec.runtime.recipe import (
@@ -31,6 +29,7 @@ from shardspec.runtime.recipe import (
     materialise,
     strides,
 )
+from shardspec.torch_private import TorchDispatchMode, tree_leaves
 
 __all__ = ["NotReplayable", "Recipe", "Step", "materialise", "record"]
 

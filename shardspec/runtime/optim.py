@@ -9,6 +9,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from shardspec import torch_private
+
 Tensors = dict[str, Tensor]
 OptState = dict[str, Any]
 LearningRate = float | Callable[[int], float]
@@ -79,7 +81,7 @@ def _run_adamw(
     exp_avgs, exp_avg_sqs = slots
     # torch.optim.adamw.adamw() on top of this kernel adds 1 to each of `steps`: three times as slow, and
     # wrong for one tensor shared by all.
-    torch._fused_adamw_(  # pyright: ignore[reportPrivateUsage]
+    torch_private.fused_adamw_(
         params,
         grads,
         exp_avgs,
@@ -110,7 +112,7 @@ def _run_sgd(
 ) -> None:
     # A zero buffer at the first step is the same as torch's "first step copies the gradient", and stays
     # right when the first step was skipped.
-    torch._fused_sgd_(  # pyright: ignore[reportPrivateUsage]
+    torch_private.fused_sgd_(
         params,
         grads,
         *(slots or [[]]),
@@ -244,7 +246,7 @@ def _prepare(
     if dtype != torch.float64:
         return grads, scale.to(device, torch.float32, non_blocking=True)
     divisor = scale.to(device, dtype, non_blocking=True)
-    torch._foreach_div_(grads, divisor)  # pyright: ignore[reportPrivateUsage]
+    torch_private.foreach_div_(grads, divisor)
     return grads, None
 
 

@@ -58,14 +58,20 @@ class Sharded:
     @property
     def key(self) -> str:
         """What two shardings share if a state of the one fits the other."""
-        placed = sorted((name, str(plan.layout), plan.storage, plan.storage_dim) for name, plan in self.params.items())
+        placed = sorted(
+            (name, str(plan.layout), plan.storage, plan.storage_dim) for name, plan in self.params.items()
+        )
         return f"{self.mesh}:{hash(tuple(map(str, placed))) & 0xFFFFFFFF:08x}"
 
     def _agree(self) -> None:
         """Every rank must have compiled the same plan, before anything is touched."""
         if self.mesh.world == 1:
             return
-        mine = self.plan.hash if self.plan is not None else str(sorted((n, str(p)) for n, p in self.params.items()))
+        mine = (
+            self.plan.hash
+            if self.plan is not None
+            else str(sorted((n, str(p)) for n, p in self.params.items()))
+        )
         every: list[Any] = [None] * self.mesh.world
         dist.all_gather_object(every, mine)
         if len(set(every)) > 1:
@@ -149,7 +155,8 @@ class Sharded:
             )
         layout = entry.microbatch(count)
         return torch.cat(
-            [local_part(chunk, layout, place, mesh) for chunk in item.chunk(count, entry.batch_dim)], entry.batch_dim
+            [local_part(chunk, layout, place, mesh) for chunk in item.chunk(count, entry.batch_dim)],
+            entry.batch_dim,
         )
 
     def microbatches(self, plan: Plan, batch: Batch) -> list[dict[str, Any]]:
@@ -187,7 +194,9 @@ class Sharded:
             try:
                 locals_[name] = self._initial(name, seed, init or {})
             except (NotReplayable, LookupError) as error:
-                problems.append(_no_value(name, str(error.args[-1] if isinstance(error, LookupError) else error)))
+                problems.append(
+                    _no_value(name, str(error.args[-1] if isinstance(error, LookupError) else error))
+                )
         settle([*problems, *self._hollow_buffers()])
         return self.state(locals_, optimizer, seed)
 
@@ -221,7 +230,9 @@ class Sharded:
             if buffer.device.type == "meta"
         ]
 
-    def load(self, state_dict: Mapping[str, Tensor], optimizer: Optimizer | None = None, seed: int = 0) -> TrainState:
+    def load(
+        self, state_dict: Mapping[str, Tensor], optimizer: Optimizer | None = None, seed: int = 0
+    ) -> TrainState:
         """A state with given weights: whole tensors (or DTensors) by name; `init` uses them from then on.
 
         Raises:
@@ -241,7 +252,11 @@ class Sharded:
         return self.state(locals_, optimizer, seed)
 
     def _tied(self, name: str, state_dict: Mapping[str, Tensor]) -> Tensor:
-        return next(state_dict[other] for other, plan in self.params.items() if plan.first == name and other in state_dict)
+        return next(
+            state_dict[other]
+            for other, plan in self.params.items()
+            if plan.first == name and other in state_dict
+        )
 
     def _misfits(self, state_dict: Mapping[str, Tensor]) -> list[Diagnostic]:
         found: list[Diagnostic] = []
@@ -254,13 +269,22 @@ class Sharded:
         for name, tensor in state_dict.items():
             plan = self.params.get(name)
             if plan is None:
-                found.append(Diagnostic(code="SS404", what=f"the state dict has {name}, which the model does not"))
+                found.append(
+                    Diagnostic(code="SS404", what=f"the state dict has {name}, which the model does not")
+                )
             elif tuple(tensor.shape) != plan.shape:
                 found.append(
-                    Diagnostic(code="SS404", what=f"{name} has shape {tuple(tensor.shape)}, the model's has {plan.shape}")
+                    Diagnostic(
+                        code="SS404",
+                        what=f"{name} has shape {tuple(tensor.shape)}, the model's has {plan.shape}",
+                    )
                 )
             elif str(tensor.dtype).removeprefix("torch.") != plan.dtype:
-                found.append(Diagnostic(code="SS404", what=f"{name} is {tensor.dtype}, the model's is torch.{plan.dtype}"))
+                found.append(
+                    Diagnostic(
+                        code="SS404", what=f"{name} is {tensor.dtype}, the model's is torch.{plan.dtype}"
+                    )
+                )
         return found
 
     def state(self, locals_: dict[str, Tensor], optimizer: Optimizer | None, seed: int) -> TrainState:
@@ -275,7 +299,12 @@ class Sharded:
             if self.params[name].persistent and buffer is not None
         }
         return TrainState(
-            step=0, rng=seed, home=self, params=Store(locals_, self.specs), buffers=Store(buffers, self.specs), opt=opt
+            step=0,
+            rng=seed,
+            home=self,
+            params=Store(locals_, self.specs),
+            buffers=Store(buffers, self.specs),
+            opt=opt,
         )
 
     def state_dict(self, state: TrainState) -> dict[str, Tensor]:
@@ -310,7 +339,11 @@ class Sharded:
         found: dict[str, Tensor] = {}
         for name, plan in self.local.params.items():
             if name not in params:
-                refuse("SS407", f"the parameters have no {name}", why="grad_fn takes a tensor for every parameter")
+                refuse(
+                    "SS407",
+                    f"the parameters have no {name}",
+                    why="grad_fn takes a tensor for every parameter",
+                )
             local = local_of(params[name])
             wanted = stored_shape(plan, self.fabric.coordinate, self.mesh)
             if tuple(local.shape) != wanted:
@@ -388,4 +421,3 @@ def full(tensor: Tensor) -> Tensor:
     Shards of unequal length and strided ones are put together from their placements alone.
     """
     return gather(tensor)
-

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from shardspec.diagnostics import DonatedError
 from shardspec.runtime.optim import Optimizer
-from shardspec.torch_private import local_of, replace_local, view_as_dtensor
+from shardspec.torch_private import disabled_torch_function, local_of, replace_local, view_as_dtensor
 
 Specs = Mapping[str, Any]
 """FQN -> what a DTensor view needs to know."""
@@ -25,7 +25,9 @@ class _Donated(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        raise DonatedError(f"{func} reads a tensor of a state that a step has consumed; use the state that it returned")
+        raise DonatedError(
+            f"{func} reads a tensor of a state that a step has consumed; use the state that it returned"
+        )
 
 
 @define(eq=False)
@@ -117,7 +119,9 @@ class TrainState:
     """The `Sharded` that made it: static."""
     held: _Held = field(repr=False)
 
-    def __init__(self, *, step: int, rng: int, home: Any, params: Store, buffers: Store, opt: OptState | None) -> None:
+    def __init__(
+        self, *, step: int, rng: int, home: Any, params: Store, buffers: Store, opt: OptState | None
+    ) -> None:
         self.__attrs_init__(step, rng, home, _Held(params, buffers, opt))  # pyright: ignore[reportAttributeAccessIssue]
 
     def live(self) -> _Held:
@@ -176,7 +180,7 @@ class NonFiniteError(FloatingPointError):
 class Metric(Tensor):
     """A 0-dim metric that, when it is read on the host, tells whether its step was finite."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType, reportAttributeAccessIssue]
+    __torch_function__ = disabled_torch_function  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
     def wrap(value: Tensor, finite: "Finite") -> "Metric":

@@ -17,7 +17,7 @@ from shardspec.plan import LossPlan, ParamPlan, Plan
 from shardspec.runtime.attach import Local
 from shardspec.runtime.sharded import Batch, LossFn, Sharded
 from shardspec.runtime.state import Finite, Metric, OptState, Store, TrainState, copy_tree
-from shardspec.torch_private import local_of, view_as_dtensor
+from shardspec.torch_private import foreach_copy_, foreach_norm, local_of, view_as_dtensor
 
 Metrics = dict[str, Tensor]
 
@@ -70,7 +70,9 @@ def coalesced_all_reduce(tensors: Sequence[Tensor], group: dist.ProcessGroup) ->
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat, group=group)
     parts = flat.split([tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
+    foreach_copy_(
+        list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+    )
 
 
 def sharing_degree(sharded: Sharded, plan: ParamPlan) -> int:
@@ -87,12 +89,14 @@ def squared_norm(sharded: Sharded, params: Mapping[str, ParamPlan], grads: Mappi
             groups.setdefault((sharing_degree(sharded, params[name]), grad.dtype), []).append(grad)
     total = torch.zeros((), dtype=torch.float64, device=sharded.fabric.device)
     for (copies, _), parts in groups.items():
-        norms = torch.stack(torch._foreach_norm(parts)).to(torch.float64)
+        norms = torch.stack(foreach_norm(parts)).to(torch.float64)
         total = total + norms.square().sum() / copies
     return total
 
 
-def reduce_scalars(sharded: Sharded, loss: LossPlan, sums: Sums, square: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def reduce_scalars(
+    sharded: Sharded, loss: LossPlan, sums: Sums, square: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The loss's sum, its weight and the squared norm over all ranks, in one all-reduce of three numbers."""
     device = sharded.fabric.device
     shares = [
@@ -251,7 +255,8 @@ def value_and_grad(sharded: Sharded, loss_fn: LossFn) -> Callable[..., Any]:
         weight = weight.clamp(min=1.0) if _counts(sums) else weight
         sharded.local.clear_gradients()
         scaled = {
-            name: view_as_dtensor(grad / weight.to(grad.dtype), sharded.specs[name]) for name, grad in grads.items()
+            name: view_as_dtensor(grad / weight.to(grad.dtype), sharded.specs[name])
+            for name, grad in grads.items()
         }
         loss = total / weight
         return (loss, {"loss": loss, "weight": weight}), scaled
@@ -306,4 +311,3 @@ def eval_step(sharded: Sharded, loss_fn: LossFn) -> Callable[[TrainState, Batch]
         return {"loss": total / weight, "weight": weight}
 
     return evaluate
-
