@@ -38,7 +38,7 @@ MIB = 1 << 20
 
 @attrs.frozen(kw_only=True)
 class Result:
-    """What one plan's comparison found: side -> median seconds of a step, peak bytes; and paired ratios."""
+    """What one plan's comparison found: side -> median seconds of a step, peak bytes of a rank; and paired ratios."""
 
     case: Case
     seconds: dict[str, float]
@@ -125,14 +125,15 @@ def machine() -> dict[str, object]:
 
 def run_case(case: Case, config: LlamaConfig, options: argparse.Namespace) -> Result:
     """Compare one plan's sides in ranks of their own."""
-    seconds, peaks, calls = run_ranks(
+    found = run_ranks(
         case.world, measure_case, case, config, options.batch, options.rounds, options.warmup, timeout=1800
-    )[0]
+    )
+    seconds, peaks, calls = found[0]
     ours = seconds["shardspec"]
     return Result(
         case=case,
         seconds={side: statistics.median(each) for side, each in seconds.items()},
-        bytes=peaks,
+        bytes={side: max(each[1][side] for each in found) for side in peaks},
         ratios={side: Ratio.of(ours, each) for side, each in seconds.items() if side != "shardspec"},
         calls=calls,
     )
@@ -253,8 +254,7 @@ def meta_model(config: LlamaConfig) -> torch.nn.Module:
 def meta_inputs() -> dict[str, torch.Tensor]:
     """Return one sequence of 8192 tokens for each fsdp rank."""
     return {
-        name: torch.empty(CHECK_MESH["fsdp"], 8192, dtype=torch.long, device="meta")
-        for name in ("tokens", "labels")
+        name: torch.empty(CHECK_MESH["fsdp"], 8192, dtype=torch.long, device="meta") for name in ("tokens", "labels")
     }
 
 

@@ -132,9 +132,7 @@ class Trainer:
     def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the summed cross-entropy of local rows, a plain 0-dim tensor equal on the ranks of tp."""
         if has(self.mesh, "tp") and self.options.form == "tuned":
-            return VocabParallelCrossEntropy.apply(
-                logits.flatten(0, 1), labels.flatten(), self.mesh.get_group("tp")
-            )
+            return VocabParallelCrossEntropy.apply(logits.flatten(0, 1), labels.flatten(), self.mesh.get_group("tp"))
         total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
         return total.to_local() if isinstance(total, DTensor) else total
 

@@ -10,6 +10,7 @@ import attrs
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -95,11 +96,16 @@ def storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
     return [] if type(tensor) not in {torch.Tensor, torch.nn.Parameter} else [tensor.untyped_storage()]
 
 
-def transient_bytes(step: Step) -> int:
-    """Return the most bytes that one step has allocated beyond what lived before it.
+def transient_bytes(step: Step, repeats: int = 5) -> int:
+    """Return the most bytes that a step has allocated beyond what lived before it.
 
     The allocator's own account; memory that was allocated earlier and is freed in the step counts as held.
+    The least of several steps: when a collective lets go of its buffers depends on threads.
     """
+    return min(peak_of_one(step) for _ in range(repeats))
+
+
+def peak_of_one(step: Step) -> int:
     with quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     held = peak = 0
@@ -124,12 +130,14 @@ def quiet_stderr() -> Iterator[None]:
 
 
 class CallCount(TorchDispatchMode):
-    """Counts the operators that a block sends to the dispatcher."""
+    """Counts the operators that a block runs on plain tensors; what DTensor makes of one counts, not itself."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[str, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(cls, DTensor) for cls in types):
+            return NotImplemented
         self.calls[str(func)] = self.calls.get(str(func), 0) + 1
         return func(*args, **(kwargs or {}))

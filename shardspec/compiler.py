@@ -18,7 +18,7 @@ from shardspec.layout import Layout
 from shardspec.mesh import AXES, Mesh, degree
 from shardspec.plan import ActivationPlan, ParamPlan, Plan, UnitPlan
 from shardspec.policy import Policy
-from shardspec.explain import explain_conflicts, explain_issues
+from shardspec.explain import MeshEdit, explain_conflicts, explain_issues
 from shardspec.program import Graph, Program, Ref, tensors
 from shardspec.rules import attention, contraction, index, loss, pointwise, reduction, view
 from shardspec.rules.match import (
@@ -73,11 +73,11 @@ def match_params(
     """Claim every parameter and buffer, and give each its layout."""
     claimed, found = assign(table.params, names.parameters, total=True, what="parameter")
     shaped: list[tuple[str, Entry, tuple[int, ...]]] = []
-    wrong: dict[int, Diagnostic] = {}
+    wrong: dict[Entry, Diagnostic] = {}
     for name, entry in claimed.items():
         problem = check_rank(entry, name, names.parameters[name].shape)
         if problem:
-            wrong.setdefault(id(entry), problem)
+            wrong.setdefault(entry, problem)
         else:
             shaped.append((name, entry, names.parameters[name].shape))
     sizes, conflicts = learn_sizes(shaped, table.rules.sizes)
@@ -86,7 +86,7 @@ def match_params(
     for name, entry, shape in shaped:
         layout, storage, problem = layout_of(entry, name, shape, sizes.known, mesh, storage=True)
         if problem:
-            uneven.setdefault((id(entry), shape), problem)
+            uneven.setdefault((entry, shape), problem)
         known = names.parameters[name]
         params[name] = ParamClaim(
             name, entry, shape, known.dtype, known.is_buffer, layout, storage, known.requires_grad
@@ -159,12 +159,12 @@ def match_points(
                     locations=(other.location, entry.location),
                 )
             )
-    wrong: dict[int, Diagnostic] = {}
+    wrong: dict[Entry, Diagnostic] = {}
     fits: list[tuple[str, Entry, tuple[int, ...]]] = []
     for name, entry in claimed.items():
         problem = check_rank(entry, name, shapes[name])
         if problem:
-            wrong.setdefault(id(entry), problem)
+            wrong.setdefault(entry, problem)
         else:
             fits.append((name, entry, shapes[name]))
     more, conflicts = _learn_more(sizes, fits)
@@ -197,7 +197,7 @@ def typecheck(program: Program, claims: Claims, mesh: Mesh, *, has_loss: bool) -
     cache: dict[Any, Layout | None] = {}
 
     def declared(entry: Entry, name: str, shape: tuple[int, ...]) -> Layout | None:
-        key = (id(entry), shape)
+        key = (entry, shape)
         if key not in cache:
             layout, _, problem = layout_of(entry, name, shape, claims.sizes.known, mesh, storage=False)
             if problem:
@@ -212,9 +212,9 @@ def typecheck(program: Program, claims: Claims, mesh: Mesh, *, has_loss: bool) -
     backward = cotangents.program(forward, seeds)
     typed = TypedProgram(program, claims, mesh, forward, backward, inference)
     typed.diagnostics += uneven.values()
-    typed.diagnostics += explain_issues(inference)
+    typed.diagnostics += explain_issues(inference, claims)
     if not inference.issues:
-        typed.diagnostics += explain_conflicts(cotangents.conflicts, inference)
+        typed.diagnostics += explain_conflicts(cotangents.conflicts, inference, claims)
     return typed
 
 
@@ -291,13 +291,14 @@ class Compiler:
         with uncollected():
             table, units, attributes = self.declared(mesh)
             params, sizes, found = match_params(table, self.names, mesh)
-            settle(found)
+            attempt = Attempt(self, mesh, inputs, loss, training)
+            settle(attempt.fixed(found))
             program = self.program(inputs, loss, training)
             points, found = match_points(table, self.names, program, sizes, mesh)
-            settle(found)
+            settle(attempt.fixed(found))
             claims = Claims(table, params, points, sizes)
             typed = typecheck(program, claims, mesh, has_loss=loss is not None)
-            settle(typed.diagnostics)
+            settle(attempt.fixed(typed.diagnostics))
             layouts = {name: claim.layout for name, claim in params.items()}
             settle(
                 dry_run(self.names.model, typed.forward, program, layouts, attributes, inputs, loss, training)
@@ -403,6 +404,87 @@ class Compiler:
                 continue
             legal.append(mesh)
         return tuple(legal)
+
+
+@define(eq=False)
+class Attempt:
+    """One check, to be repeated with an edit: what it finds then decides whether the edit is a fix."""
+
+    compiler: Compiler
+    mesh: Mesh
+    inputs: Mapping[str, Any]
+    loss: Callable[..., Any] | None
+    training: bool | None
+
+    def fixed(self, found: Iterable[Diagnostic]) -> list[Diagnostic]:
+        """The diagnostics with those hints as fixes that passed; what one fix mends is told once."""
+        left = merged(found)
+        before = {identity(each) for each in left}
+        told: list[Diagnostic] = []
+        mended: set[Any] = set()
+        for each in left:
+            if identity(each) in mended:
+                continue
+            passing = sorted(self._passing(each, before), key=lambda fix: -len(fix[1]))
+            fixes = tuple(dict.fromkeys((*each.fixes, *(text for text, _ in passing))))[:MOST_FIXES]
+            if passing:
+                mended |= passing[0][1]
+            told.append(evolve(each, hints=(), fixes=fixes))
+        return told
+
+    def _passing(self, diagnostic: Diagnostic, before: set[Any]) -> Iterator[tuple[str, set[Any]]]:
+        """The hints that mend a mistake and bring no other, with all the mistakes that they mend."""
+        own = identity(diagnostic)
+        for hint in diagnostic.hints:
+            if isinstance(hint, MeshEdit):
+                after = {n: self.finds(self.compiler.rules, self._resized(hint.axis, n)) for n in hint.degrees}
+                legal = [n for n, left in after.items() if left <= before - {own}]
+                if legal:
+                    mends = before - set[Any]().union(*(after[n] for n in legal))
+                    yield f"{hint.axis} in {{{', '.join(map(str, legal))}}}", mends
+                continue
+            rules = self.compiler.rules.override(params=hint.params, activations=hint.activations)
+            after_edit = self.finds(rules, self.mesh)
+            if after_edit <= before - {own}:
+                yield hint.text, before - after_edit
+
+    def _resized(self, axis: str, size: int) -> Mesh:
+        return self.mesh.replace(**{axis: size})
+
+    def finds(self, rules: Rules, mesh: Mesh) -> set[Any]:
+        """What the check finds with other rules or another mesh, up to the types; the trace is not made again."""
+        table, found = parse_table(rules)
+        if not found:
+            params, sizes, found = match_params(table, self.compiler.names, mesh)
+        if not found:
+            program = self.compiler.program(self.inputs, self.loss, self.training)
+            points, found = match_points(table, self.compiler.names, program, sizes, mesh)
+        if not found:
+            claims = Claims(table, params, points, sizes)
+            found = typecheck(program, claims, mesh, has_loss=self.loss is not None).diagnostics
+        return {identity(each) for each in merged(found)}
+
+
+MOST_FIXES = 3
+
+
+def identity(diagnostic: Diagnostic) -> Any:
+    """What makes a mistake the same before and after an edit."""
+    places = diagnostic.locations[:1] if diagnostic.matches else ()
+    return diagnostic.code, diagnostic.what, places, diagnostic.matches
+
+
+def merged(found: Iterable[Diagnostic]) -> list[Diagnostic]:
+    """Diagnostics that say the same of several rules, as one with all their locations."""
+    kept: dict[Any, Diagnostic] = {}
+    for each in found:
+        key = identity(each)
+        if key in kept:
+            places = dict.fromkeys((*kept[key].locations, *each.locations))
+            kept[key] = evolve(kept[key], locations=tuple(places))
+        else:
+            kept[key] = each
+    return list(kept.values())
 
 
 def meshes(world: int, axes: Sequence[str]) -> Iterator[Mesh]:

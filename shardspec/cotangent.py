@@ -81,14 +81,10 @@ class Cotangents:
         for index in typed.graph.params.values():
             if index in uses and index in live:
                 back.owed[index] = self._settle(typed, index, uses[index], discharged).owed
-        ends: list[Cot | None] = []
-        for index in typed.graph.inputs:
-            ends.append(
-                self._settle(typed, index, uses[index], discharged)
-                if index in uses and index in live
-                else None
-            )
-        back.inputs = tuple(ends)
+        back.inputs = tuple(
+            self._settle(typed, index, uses[index], discharged) if index in uses and index in live else None
+            for index in typed.graph.inputs
+        )
         for position, owed in arrived.items():
             back.alive.add(position)
             step = typed.transitions.get(position)

@@ -1,9 +1,10 @@
 """What a user is told: one frozen `Diagnostic` a mistake, rendered here and nowhere else."""
 
+import os
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from attrs import frozen
+from attrs import field, frozen
 
 
 @frozen(kw_only=True)
@@ -17,6 +18,12 @@ class Location:
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.line else self.file
         return f"{place}   {self.text}" if self.text else place
+
+
+def shorten(file: str) -> str:
+    """The path as seen from the working directory, where it lies below it."""
+    relative = os.path.relpath(file) if os.path.isabs(file) else file
+    return file if relative.startswith("..") else relative
 
 
 @frozen(kw_only=True)
@@ -33,6 +40,8 @@ class Diagnostic:
     advice: tuple[str, ...] = ()
     locations: tuple[Location, ...] = ()
     matches: str = ""
+    hints: tuple[Any, ...] = field(default=(), eq=False, repr=False)
+    """Edits that are still to be tried; those that pass become `fixes`."""
 
     def __str__(self) -> str:
         lines = [f"error[{self.code}]: {self.what}"]

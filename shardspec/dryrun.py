@@ -228,9 +228,8 @@ def _compare(pair: _Pair) -> Iterator[Diagnostic]:
         if problem:
             yield _mismatch(pair, node, other, problem)
             return
-        for one, two in zip(node.outputs, other.outputs, strict=False):
-            if one is not None and two is not None:
-                image[one] = two
+        both = zip(node.outputs, other.outputs, strict=False)
+        image.update((one, two) for one, two in both if one is not None and two is not None)
     if len(whole) != len(part):
         extra = whole[len(part)][1] if len(whole) > len(part) else part[len(whole)][1]
         who = "whole" if len(whole) > len(part) else "local"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from attrs import define, field, frozen
 
 from shardspec.diagnostics import Diagnostic, Location
@@ -72,6 +73,10 @@ class Stop:
     layout: Layout
     shape: tuple[int, ...]
     entry: Entry | None
+
+    def carries(self, axis: str) -> bool:
+        """Whether the value is split or pending over the axis here."""
+        return axis in self.layout.sharded or self.layout.pending_kind(axis) is not None
 
 
 def absolute(fqn: str, relative: str) -> str:
@@ -330,8 +335,6 @@ def _is_view_or_fill(call: Call) -> bool:
 
 
 def _is_random(node: Node) -> bool:
-    import torch
-
     tags = getattr(node.func, "tags", ())
     if node.op in ("dropout", "alpha_dropout", "feature_dropout"):
         return bool(node.args[1]) and bool(node.args[2])

@@ -1,10 +1,12 @@
 """From a typed program to a plan: parameters, points, collectives, units."""
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from typing import Any
 
+import torch
 from attrs import evolve
 
 from shardspec.cotangent import Backward
@@ -12,9 +14,8 @@ from shardspec.diagnostics import Diagnostic, Location
 from shardspec.infer import TypedGraph, absolute
 from shardspec.layout import Layout, dim_axes
 from shardspec.mesh import AXES, BATCH_AXES, Mesh, degree
-from shardspec.moves import Move
-from shardspec.plan import ActivationPlan, Collective, LossPlan, ParamPlan, PointPlan, Substitution, UnitPlan
 from shardspec.placement import stored_shape
+from shardspec.plan import ActivationPlan, Collective, LossPlan, ParamPlan, PointPlan, Substitution, UnitPlan
 from shardspec.policy import Policy, chosen
 from shardspec.program import Ref, tensors
 from shardspec.rules.match import Entry, ParamClaim, dims_of, fold
@@ -111,7 +112,7 @@ def check_storage(params: Mapping[str, ParamPlan], claims: Claims) -> Iterator[D
                 why="only parameters are gathered before they are used",
                 locations=(claims.params[name].entry.location,),
             )
-        if not plan.trained or plan.buffer or not plan.owed and not plan.storage:
+        if not plan.trained or plan.buffer or not (plan.owed or plan.storage):
             continue
         for axis in plan.storage:
             if axis not in plan.owed and (plan.rule, axis) not in seen and plan.owed:
@@ -175,24 +176,17 @@ def unit_collectives(
         where = fold(unit.name) or "(root)"
         whole = [_padded(plan, mesh) * _itemsize(plan.dtype) for plan in stored]
         gathered = sum(whole)
-        common = {"axes": in_order(axes), "where": where, "count": 1}
-        yield Collective(kind="all_gather", phase="forward", bytes=gathered, why="parameters", **common)
+        over = in_order(axes)
+        moved = functools.partial(Collective, where=where, count=1)
+        yield moved(kind="all_gather", axes=over, phase="forward", bytes=gathered, why="parameters")
         if unit.name not in ("", last) and chosen(policy.reshard_after_forward, unit.name):
-            yield Collective(kind="all_gather", phase="backward", bytes=gathered, why="parameters", **common)
+            yield moved(kind="all_gather", axes=over, phase="backward", bytes=gathered, why="parameters")
         trained = sum(size for size, plan in zip(whole, stored, strict=True) if plan.trained)
         if trained:
-            yield Collective(
-                kind="reduce_scatter", phase="backward", bytes=trained, why="gradients", **common
-            )
+            yield moved(kind="reduce_scatter", axes=over, phase="backward", bytes=trained, why="gradients")
             if mesh["dp"] > 1:
                 share = trained // degree(mesh, axes)
-                yield Collective(
-                    kind="all_reduce",
-                    phase="backward",
-                    bytes=share,
-                    why="gradients",
-                    **{**common, "axes": ("dp",)},
-                )
+                yield moved(kind="all_reduce", axes=("dp",), phase="backward", bytes=share, why="gradients")
 
 
 def _padded(plan: ParamPlan, mesh: Mesh) -> int:
@@ -204,8 +198,6 @@ def _padded(plan: ParamPlan, mesh: Mesh) -> int:
 
 
 def _itemsize(dtype: str) -> int:
-    import torch
-
     return getattr(torch, dtype).itemsize
 
 
@@ -327,7 +319,7 @@ def lower_activations(typed: TypedProgram) -> tuple[dict[str, ActivationPlan], d
             target = node.outputs[0]
             assert target is not None
             step = graph.transitions.get(position)
-            name = absolute(fqn, graph.names.get(position, node.func[0]))
+            name = absolute(fqn, str(graph.names.get(position, node.func[0])))
             found[name] = ActivationPlan(
                 name=name,
                 layout=graph.layout(target),

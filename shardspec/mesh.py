@@ -9,10 +9,10 @@ from attrs import field, frozen
 
 from shardspec.diagnostics import refuse
 
-AXES = ("pp", "dp", "fsdp", "ep", "cp", "tp")
+AXES: tuple[str, ...] = ("pp", "dp", "fsdp", "ep", "cp", "tp")
 """Every axis, outermost first: neighbours along `tp` are neighbours in rank."""
 
-BATCH_AXES = ("dp", "fsdp", "ep")
+BATCH_AXES: tuple[str, ...] = ("dp", "fsdp", "ep")
 """The axes whose ranks read different rows of the batch."""
 
 MESH_RULES = "the axes are " + ", ".join(AXES)

@@ -4,12 +4,13 @@ A program is a list of nodes over values in static single assignment. Repeated b
 called: their nodes live in a `Block`, whose inputs are the values that enter it.
 """
 
+import linecache
 from typing import Any
 
 import torch
 from attrs import define, field, frozen
 
-from shardspec.diagnostics import Location
+from shardspec.diagnostics import Location, shorten
 
 
 @frozen
@@ -63,12 +64,8 @@ class Node:
     @property
     def location(self) -> Location:
         """The model's line."""
-        import linecache
-
-        from shardspec.rules.table import _shorten
-
         return Location(
-            file=_shorten(self.file), line=self.line, text=linecache.getline(self.file, self.line).strip()
+            file=shorten(self.file), line=self.line, text=linecache.getline(self.file, self.line).strip()
         )
 
 

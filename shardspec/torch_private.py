@@ -10,8 +10,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
-from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
-from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils import _python_dispatch, _pytree
+
+TorchDispatchMode = _python_dispatch.TorchDispatchMode
+"""Sees every operator that runs under it."""
+
+tree_leaves = _pytree.tree_leaves
+"""The leaves of a nest of containers, registered classes included."""
 
 OpOverload = torch._ops.OpOverload
 """The class of `torch.ops.aten.add.Tensor` and its kin."""
@@ -118,13 +123,16 @@ def empty_padded(record: Any, shape: tuple[int, ...], dtype: torch.dtype, device
     )
 
 
+_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+"""Renamed in torch 2.13."""
+
+
 def reduce_scatter(out: Tensor, parts: Tensor, group: dist.ProcessGroup) -> None:
-    """Sum [n, *out.shape] over the ranks of a group, of which each keeps one row; renamed in torch 2.13."""
-    scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-    scatter(out.view(-1), parts.view(-1), group=group)
+    """Sum [n, *out.shape] over the ranks of a group, of which each keeps one row."""
+    getattr(dist, _SCATTER)(out.view(-1), parts.view(-1), group=group)
 
 
 def all_gather(parts: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> None:
-    """Gather every rank's tensor into [n, *tensor.shape]; renamed in torch 2.13."""
-    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-    gather(parts.view(-1), tensor.view(-1), group=group)
+    """Gather every rank's tensor into [n, *tensor.shape]."""
+    getattr(dist, _GATHER)(parts.view(-1), tensor.view(-1), group=group)

@@ -16,8 +16,8 @@ from attrs import define, field
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from shardspec import functional
 from shardspec.diagnostics import Location
-from shardspec.functional import name
 from shardspec.program import Block, BlockCall, Graph, Node, Program, Ref, Value, tensors
 from shardspec.rules.operator import RULES
 from shardspec.torch_private import OpOverload, TorchDispatchMode, set_grad_enabled
@@ -93,7 +93,7 @@ def _redirect(value: Any, made: dict[int, Any]) -> Any:
         return made[id(value)]
     if isinstance(value, types.MethodType) and id(value.__self__) in made:
         return types.MethodType(value.__func__, made[id(value.__self__)])
-    if type(value) in (list, tuple) and any(id(item) in made for item in value):
+    if (type(value) is list or type(value) is tuple) and any(id(item) in made for item in value):
         return type(value)(_redirect(item, made) for item in value)
     if type(value) is dict and any(id(item) in made for item in value.values()):
         return {key: _redirect(item, made) for key, item in value.items()}
@@ -240,16 +240,16 @@ class Tracer(TorchDispatchMode):
         datas = data if isinstance(data, (list, tuple)) else (data,) * len(outs)
         mutated = name.endswith("_") and not name.startswith("__")
         indices: list[int | None] = []
-        for tensor, constant in zip(outs, datas, strict=False):
-            if not isinstance(tensor, torch.Tensor):
+        for made, constant in zip(outs, datas, strict=False):
+            if not isinstance(made, torch.Tensor):
                 indices.append(None)
                 continue
-            if not mutated and any(tensor is arg for arg in args):
+            tensor = made
+            if not mutated and any(made is arg for arg in args):
                 # `to`, `contiguous` and `reshape` may give back the very tensor: an alias of the same value.
-                fresh = self.fresh(tensor)
-                outs = tuple(fresh if one is tensor else one for one in outs)
-                out = fresh if isinstance(out, torch.Tensor) else outs
-                tensor = fresh
+                tensor = self.fresh(made)
+                outs = tuple(tensor if one is made else one for one in outs)
+                out = tensor if isinstance(out, torch.Tensor) else outs
             indices.append(self.enter(tensor, Value(tuple(tensor.shape), tensor.dtype, data=constant)))
         node.outputs = tuple(indices)
         return out
@@ -319,17 +319,20 @@ class Tracer(TorchDispatchMode):
         first = True
         changed: list[Any] = []
         for index, arg in enumerate(args):
-            if isinstance(arg, torch.Tensor):
-                by_name = f"{fqn}:in.{names[index]}" if index < len(names) else f"{fqn}:in.{index}"
-                arg = self.point((f"{fqn}:in", by_name) if first else (by_name,), arg)
-                first = False
-            changed.append(arg)
+            if not isinstance(arg, torch.Tensor):
+                changed.append(arg)
+                continue
+            by_name = f"{fqn}:in.{names[index]}" if index < len(names) else f"{fqn}:in.{index}"
+            changed.append(self.point((f"{fqn}:in", by_name) if first else (by_name,), arg))
+            first = False
         named: dict[str, Any] = {}
         for key, arg in kwargs.items():
-            if isinstance(arg, torch.Tensor):
-                arg = self.point((f"{fqn}:in", f"{fqn}:in.{key}") if first else (f"{fqn}:in.{key}",), arg)
-                first = False
-            named[key] = arg
+            if not isinstance(arg, torch.Tensor):
+                named[key] = arg
+                continue
+            by_name = f"{fqn}:in.{key}"
+            named[key] = self.point((f"{fqn}:in", by_name) if first else (by_name,), arg)
+            first = False
         return changed, named
 
     def _argument_names(self, module: nn.Module) -> list[str]:
@@ -351,7 +354,7 @@ class Tracer(TorchDispatchMode):
             return type(out)(*items) if hasattr(out, "_fields") else type(out)(items)
         if isinstance(out, Mapping):
             first = True
-            changed = copy.copy(out)
+            changed: Any = copy.copy(out)
             for key, item in out.items():
                 if isinstance(item, torch.Tensor):
                     changed[key] = self.point((fqn,) if first else (f"{fqn}:out.{key}",), item)
@@ -557,7 +560,8 @@ class Recorder(Tracer):
                 tracer.reads.append((self, name))
             return kind.__getattribute__(self, name)
 
-        watcher = type(kind.__name__, (kind,), {"__getattribute__": getter, "__module__": kind.__module__})
+        body = {"__getattribute__": getter, "__module__": kind.__module__}
+        watcher = types.new_class(kind.__name__, (kind,), exec_body=lambda space: space.update(body))
         self.watched[watcher] = kind
         return watcher
 
@@ -653,7 +657,7 @@ class Whole(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is name:
+        if func is functional.name:
             tensor, label = args
             path = self.tracer.path
             return self.tracer.point((f"{path}.{label}" if path else label,), tensor)

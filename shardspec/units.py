@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from shardspec.diagnostics import Diagnostic, Location
 from shardspec.plan import UnitPlan
 from shardspec.rules.table import Rules
+from shardspec.spec import SpecError, parse
 
 
 def resolve_units(
@@ -93,8 +94,6 @@ def resolve_attributes(
     rules: Rules, modules: Mapping[str, object], degrees: Mapping[str, int]
 ) -> tuple[dict[str, dict[str, int]], list[Diagnostic]]:
     """Module -> attribute -> local value, for `attributes=`; SS211 for an unknown place, SS301 for an uneven one."""
-    from shardspec.spec import SpecError, parse
-
     local: dict[str, dict[str, int]] = {}
     found: list[Diagnostic] = []
     for pattern, named in rules.attributes.items():

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from shardspec.layout import SUM, dim_axes
 from shardspec.functional import accumulation_dtype, cross_entropy
+from shardspec.layout import SUM, dim_axes
 from shardspec.rules.operator import Call, Label, Refusal, Type, Typed, rule, unify
 
 

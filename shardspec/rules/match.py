@@ -31,6 +31,14 @@ class Entry:
 
 
 @frozen(eq=False)
+class MeshEdit:
+    """Other sizes of one axis that may mend a mistake."""
+
+    axis: str
+    degrees: tuple[int, ...]
+
+
+@frozen(eq=False)
 class Table:
     """A parsed table."""
 
@@ -468,7 +476,6 @@ def _uneven(
             advice=(f'give sizes={{"{factor}": ...}} in the table',),
         )
     share = degree(mesh, tuple(live))
-    legal = [str(n) for n in range(1, min(size, 1024) + 1) if size % n == 0]
     axes = ",".join(live)
     text = f"@({axes})" if len(live) > 1 else f"@{axes}"
     return Diagnostic(
@@ -476,7 +483,7 @@ def _uneven(
         what=f"{factor} of {size} cannot be split over {' x '.join(f'{axis}={mesh[axis]}' for axis in live)}",
         why=f"{name}: {share} does not divide {size}, and what compute reads is split evenly ({text})",
         locations=(entry.location,),
-        advice=(f"{' x '.join(live)} in {{{', '.join(legal[:24])}}}",),
+        hints=tuple(MeshEdit(axis, tuple(n for n in range(1, size + 1) if size % n == 0 and n <= 1024)) for axis in live),
     )
 
 

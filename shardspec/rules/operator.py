@@ -273,7 +273,7 @@ def unify(
     contracted: str = SUM,
     whole: Iterable[Label] = (),
     scalars: bool = False,
-    out_sizes: Mapping[Label, int] | None = None,
+    out_sizes: Mapping[Any, int] | None = None,
 ) -> Typed:
     """Type an operator from the factors of its operands' dims.
 
@@ -290,10 +290,10 @@ def unify(
         Refusal: SS302 for disagreeing operands, SS303 for a pending operand, SS304 for a split whole factor.
     """
     digits, uniform = _digits(call, labels)
-    owner = _one_factor_an_axis(call, digits)
     whole = set(whole)
     for label in whole:
         _check_whole(call, labels, label, digits.get(label, ()))
+    owner = _one_factor_an_axis(call, digits)
     pending = _pending(call, owner, linear, scalars)
     kept = {label for names in outputs for label in names}
     for label, dim in digits.items():
@@ -335,13 +335,14 @@ def _check_whole(call: Call, labels: Sequence[Sequence[Label]], label: Label, di
 
 
 def _output_dim(
-    label: Label, digits: Mapping[Label, DimLayout], fresh: Mapping[Label, int] | None
+    label: Label, digits: Mapping[Label, DimLayout], fresh: Mapping[Any, int] | None
 ) -> DimLayout:
     if label is None:
         return ()
     if label in digits:
         return digits[label]
-    assert fresh is not None and label in fresh, f"no size for the fresh factor {label!r}"
+    assert fresh is not None, f"no size for the fresh factor {label!r}"
+    assert label in fresh, f"no size for the fresh factor {label!r}"
     return canonical((fresh[label],))
 
 

@@ -1,6 +1,7 @@
 """The table a user writes: regex -> spec, and where in the source each entry stands."""
 
 import ast
+import difflib
 import functools
 import linecache
 import os
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from attrs import field, frozen
 
-from shardspec.diagnostics import Diagnostic, Location, ShardingError
+from shardspec.diagnostics import Diagnostic, Location, ShardingError, shorten
 from shardspec.spec import P
 
 Unit = str | tuple[str, ...]
@@ -38,13 +39,7 @@ class Rule:
         """File and line of the entry, found in the source when it is first asked for."""
         line = _line_of(self.origin.file, self.origin.line, self.pattern)
         value = f'"{self.value}"' if isinstance(self.value, str) else repr(self.value)
-        return Location(file=_shorten(self.origin.file), line=line, text=f'r"{self.pattern}": {value}')
-
-
-def _shorten(file: str) -> str:
-    """The path as seen from the working directory, where it lies below it."""
-    relative = os.path.relpath(file) if os.path.isabs(file) else file
-    return file if relative.startswith("..") else relative
+        return Location(file=shorten(self.origin.file), line=line, text=f'r"{self.pattern}": {value}')
 
 
 def _caller() -> Origin:
@@ -128,7 +123,7 @@ class Rules:
     def line_of(self, text: str) -> Location:
         """Where a string of the table stands in the source."""
         return Location(
-            file=_shorten(self.origin.file),
+            file=shorten(self.origin.file),
             line=_line_of(self.origin.file, self.origin.line, text),
             text=f'r"{text}"',
         )
@@ -172,14 +167,12 @@ class Rules:
 
 
 def _absent(pattern: str, rules: Rules, origin: Origin) -> Diagnostic:
-    import difflib
-
     near = difflib.get_close_matches(pattern, [rule.pattern for rule in rules.rules], n=1)
     return Diagnostic(
         code="SS201",
         what=f'override drops r"{pattern}", which the table does not have',
         why="`drop` names the pattern of an entry, letter for letter",
-        locations=(Location(file=_shorten(origin.file), line=_line_of(origin.file, origin.line, pattern)),),
+        locations=(Location(file=shorten(origin.file), line=_line_of(origin.file, origin.line, pattern)),),
         advice=(f'did you mean r"{near[0]}"?',) if near else (),
     )
 

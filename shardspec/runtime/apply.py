@@ -1,7 +1,6 @@
 """Build a rank's own model: local parameters, FSDP2 units, real buffers. The model given is left as it was."""
 
 import copy
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,14 +9,13 @@ from attrs import define, field
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
-from torch.utils.checkpoint import checkpoint
 
 from shardspec.layout import Layout
 from shardspec.mesh import Mesh
 from shardspec.placement import digits_index
 from shardspec.plan import ParamPlan, UnitPlan
 from shardspec.policy import Policy, chosen
-from shardspec.runtime.attach import Read, attach_read
+from shardspec.runtime.attach import Read, Remat, attach_read
 from shardspec.runtime.fabric import Fabric, storage_mesh
 from shardspec.runtime.init import Recipe, record
 from shardspec.torch_private import bind_fsdp, empty_padded, fsdp_records, local_of, materialise_fsdp
@@ -160,7 +158,7 @@ def local_part(tensor: Tensor, layout: Layout, coordinate: Mapping[str, int], me
 def _wrap(module: nn.Module, path: str, policy: Policy) -> None:
     child = module.get_submodule(path)
     if chosen(policy.remat, path):
-        child.forward = functools.partial(checkpoint, child.forward, use_reentrant=False)
+        child.forward = Remat(child.forward)
     if chosen(policy.compile, path):
         child.compile()
 
@@ -211,20 +209,21 @@ def _materialise(found: LocalModel, params: Mapping[str, ParamPlan], fabric: Fab
             if tensor is None:
                 continue
             plan = params[prefix + name]
-            if plan.first in found.records:
-                continue
-            if plan.first not in slots:
-                local = torch.empty(tensor.shape, dtype=tensor.dtype, device=fabric.device)
-                slots[plan.first] = nn.Parameter(local, requires_grad=tensor.requires_grad)
-            child._parameters[name] = slots[plan.first]
-            _read(child, name, plan, policy)
+            stored = plan.first in found.records
+            if not stored:
+                if plan.first not in slots:
+                    local = torch.empty(tensor.shape, dtype=tensor.dtype, device=fabric.device)
+                    slots[plan.first] = nn.Parameter(local, requires_grad=tensor.requires_grad)
+                child._parameters[name] = slots[plan.first]
+            _read(child, name, plan, None if stored else policy.param_dtype)
     found.slots = slots
 
 
-def _read(child: nn.Module, name: str, plan: ParamPlan, policy: Policy) -> None:
+def _read(child: nn.Module, name: str, plan: ParamPlan, param_dtype: torch.dtype | None) -> None:
+    """Have compute read a share of a pending parameter, and a cast of one that FSDP2 does not cast."""
     share = 1
     for axis, _ in plan.layout.pending:
         share *= plan.mesh_sizes[axis]
-    dtype = policy.param_dtype if plan.dtype.startswith(("float", "bfloat")) else None
+    dtype = param_dtype if plan.dtype.startswith(("float", "bfloat")) else None
     if share > 1 or dtype is not None:
         attach_read(Read(child, name, share, dtype))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from shardspec.functional import cross_entropy, name
 from shardspec.plan import PointPlan, Substitution
@@ -27,6 +28,10 @@ class Wiring:
     fabric: Fabric
     points: Mapping[str, PointPlan] = field(factory=dict)
     substitutions: Mapping[str, Mapping[tuple[str, int], Substitution]] = field(factory=dict)
+    active: Any = None
+    """The `Local` of the module that runs now, if it has one: an outer module's leaves inner calls alone."""
+    inside: set[str] = field(factory=set)
+    """The modules that run under a `Local`."""
 
     def through(self, name: str, tensor: Any) -> Any:
         """Take a tensor through the point of that name, if it does anything."""
@@ -98,9 +103,20 @@ class Local(TorchFunctionMode):
         self.wiring, self.path = wiring, path
         self.table = wiring.substitutions.get(path, {})
         self.counts = {"embedding": 0, "cross_entropy": 0}
+        self.outer: Local | None = None
+
+    def __enter__(self) -> "Local":
+        self.outer, self.wiring.active = self.wiring.active, self
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.wiring.active = self.outer
+        super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.wiring.active is not self:
+            return func(*args, **kwargs)
         if func is name:
             return self.wiring.through(f"{self.path}.{args[1]}" if self.path else args[1], args[0])
         found = FUNCTIONS.get(func)
@@ -175,18 +191,42 @@ def attach(
         done.update((fqn, side) for side, new in (("in", new_inputs), ("out", new_outputs)) if new)
         if named:
             local.add(fqn)
-    for fqn in sorted(local):
-        if (fqn, "local") not in done:
-            module = model.get_submodule(fqn)
-            module.forward = functools.partial(_under_local, wiring, fqn, module.forward)
+    wiring.inside |= local
+    for fqn in sorted(modules):
+        within = any(not path or fqn == path or fqn.startswith(f"{path}.") for path in local)
+        if within and (fqn, "local") not in done:
+            wrap_forward(model.get_submodule(fqn), functools.partial(_under_local, wiring, fqn))
             done.add((fqn, "local"))
     if styles:
         parallelize_module(model, wiring.fabric.device_mesh, styles)
 
 
+@define(eq=False)
+class Remat:
+    """A forward that runs again in backward; what is attached later goes inside, so that it runs again too."""
+
+    forward: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
+
+
+def wrap_forward(module: nn.Module, wrapper: Callable[..., Any]) -> None:
+    """Have `wrapper(forward, ...)` run in the place of a module's forward, inside its rematerialisation."""
+    owner: Any = module.forward if isinstance(module.forward, Remat) else module
+    owner.forward = functools.partial(wrapper, owner.forward)
+
+
 def _under_local(wiring: Wiring, fqn: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with Local(wiring, fqn):
+    """Run a module with its local calls; one that has none, apart from those of the modules around it."""
+    if fqn in wiring.inside:
+        with Local(wiring, fqn):
+            return forward(*args, **kwargs)
+    outer, wiring.active = wiring.active, None
+    try:
         return forward(*args, **kwargs)
+    finally:
+        wiring.active = outer
 
 
 @define(eq=False)
@@ -197,24 +237,21 @@ class Read:
     name: str
     share: int
     dtype: torch.dtype | None
-    stored: nn.Parameter | None = None
 
-    def enter(self, *_: Any) -> None:
-        """Put the value that compute reads in the parameter's place."""
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a module's forward with the value that compute reads in the parameter's place."""
         stored = self.module._parameters[self.name]
         assert isinstance(stored, nn.Parameter), "a parameter is read once at a time"
-        self.stored = stored
         value: Tensor = stored
         if self.share > 1:
             value = _Share.apply(value, self.share)  # pyright: ignore[reportAssignmentType]
         if self.dtype is not None:
             value = value.to(self.dtype)
         self.module._parameters[self.name] = value  # pyright: ignore[reportArgumentType]
-
-    def leave(self, *_: Any) -> None:
-        """Put the parameter back."""
-        if self.stored is not None:
-            self.module._parameters[self.name], self.stored = self.stored, None
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.module._parameters[self.name] = stored
 
 
 class _Share(torch.autograd.Function):
@@ -233,5 +270,4 @@ class _Share(torch.autograd.Function):
 
 def attach_read(read: Read) -> None:
     """Have a module read a parameter through `read`."""
-    read.module.register_forward_pre_hook(read.enter)
-    read.module.register_forward_hook(read.leave, always_call=True)
+    wrap_forward(read.module, read)

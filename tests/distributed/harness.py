@@ -134,9 +134,7 @@ def gather(ranks: list[Rank], deadline: float, timeout: float) -> list[Any]:
     for rank in ranks:
         rank.process.join(10)
         if rank.process.exitcode != 0:
-            raise RankError(
-                f"rank {rank.index} did not leave after its result\n{dump_stacks([rank])}", rank.index
-            )
+            raise RankError(f"rank {rank.index} did not leave after its result\n{dump_stacks([rank])}", rank.index)
     return [results[index] for index in range(len(ranks))]
 
 

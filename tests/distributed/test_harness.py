@@ -61,9 +61,7 @@ def test_the_rank_that_failed_first_is_named_with_its_traceback():
         dist.all_reduce(torch.ones(1))
 
     began = time.monotonic()
-    with pytest.raises(
-        RankError, match=r"rank 2 of 4 failed first:(.|\n)*fail_on_two(.|\n)*rows of rank 2"
-    ) as info:
+    with pytest.raises(RankError, match=r"rank 2 of 4 failed first:(.|\n)*fail_on_two(.|\n)*rows of rank 2") as info:
         run_ranks(4, fail_on_two)
     assert info.value.rank == 2
     assert time.monotonic() - began < 10
