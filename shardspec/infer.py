@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from attrs import define, field, frozen
 
+from shardspec.aliasing import writes
 from shardspec.diagnostics import Diagnostic, Location
 from shardspec.layout import Layout, Sizes
 from shardspec.moves import Move, NoTransition, transition
@@ -142,6 +143,7 @@ class Inference:
         call = Call(node, typed.graph.values, known, self.sizes, refs)
         try:
             answer = type_operator(call)
+            check_write(call, answer)
         except Refusal as refusal:
             self._refuse(typed, position, fqn, refusal, refs)
             return
@@ -236,25 +238,20 @@ class Inference:
         chosen = refusal.operands or range(len(refs))
         for operand in dict.fromkeys(chosen):
             if operand < len(refs):
-                stops += self.trail(typed, position, refs[operand].index, fqn)
+                stops += self.trail(typed, position, refs[operand].index, fqn, refusal.axis)
         self.issues.append(Issue(typed, position, fqn, refusal, tuple(stops)))
 
-    def trail(self, typed: TypedGraph, position: int, index: int, fqn: str) -> Iterator[Stop]:
+    def trail(self, typed: TypedGraph, position: int, index: int, fqn: str, axis: str) -> Iterator[Stop]:
         """The points and parameters that a value came through, nearest first."""
         frames = [*self.stack, (typed, position)]
-        yield from self._trail(frames, index, fqn, set(), 0)
+        yield from self._trail(frames, index, fqn, set(), axis)
 
     def _trail(
-        self,
-        frames: list[tuple[TypedGraph, int]],
-        index: int,
-        fqn: str,
-        seen: set[tuple[int, int]],
-        depth: int,
+        self, frames: list[tuple[TypedGraph, int]], index: int, fqn: str, seen: set[tuple[int, int]], axis: str
     ) -> Iterator[Stop]:
         typed, _ = frames[-1]
         graph = typed.graph
-        if (id(typed), index) in seen or depth > 60:
+        if (id(typed), index) in seen or len(seen) > MOST_STEPS:
             return
         seen.add((id(typed), index))
         value = graph.values[index]
@@ -269,7 +266,7 @@ class Inference:
         if index in graph.inputs and len(frames) > 1:
             outer, position = frames[-2]
             source = outer.graph.nodes[position].args[graph.inputs.index(index)].index
-            yield from self._trail(frames[:-1], source, outer.fqn, seen, depth + 1)
+            yield from self._trail(frames[:-1], source, outer.fqn, seen, axis)
             return
         node_at = producer(graph, index)
         if node_at is None:
@@ -282,8 +279,23 @@ class Inference:
                 yield Stop(absolute(fqn, name), kind.layout, value.shape, entry)
             if entry is not None:
                 return
-        for ref in dict.fromkeys(tensors(node.args) + tensors(node.kwargs)):
-            yield from self._trail(frames, ref.index, fqn, seen, depth + 1)
+        refs = list(dict.fromkeys(tensors(node.args) + tensors(node.kwargs)))
+        if contracts(typed, node, axis):
+            # The sum over the axis begins here: what came before is not the matter, the parameter is.
+            refs = [ref for ref in refs if graph.values[ref.index].kind == "param"] or refs
+        for ref in refs:
+            yield from self._trail(frames, ref.index, fqn, seen, axis)
+
+
+MOST_STEPS = 200
+"""How far back a refused operand is followed."""
+
+
+def contracts(typed: TypedGraph, node: Node, axis: str) -> bool:
+    """Whether a node's result is pending over an axis that its operands are split over."""
+    outs = [kind for index in node.outputs if index is not None and (kind := typed.types[index])]
+    reads = [kind for ref in tensors(node.args) if (kind := typed.types[ref.index])]
+    return any(kind.layout.pending_kind(axis) for kind in outs) and any(axis in kind.layout.sharded for kind in reads)
 
 
 def producer(graph: Graph, index: int) -> int | None:
@@ -320,6 +332,35 @@ def type_operator(call: Call) -> Typed:
             "",
         ),
     )
+
+
+def check_write(call: Call, answer: Typed) -> None:
+    """A write in place must leave the layout as it was, and be seen through every alias.
+
+    Raises:
+        Refusal: SS314 otherwise.
+    """
+    if not writes(call.node.func) or not call.types:
+        return
+    before, after = answer.consumed[0].layout, answer.outputs[0].layout
+    if before != after:
+        raise Refusal(
+            "SS314",
+            f"{call.node.op} changes the layout of what it writes to",
+            why=f"the tensor is {before}, the result {after}: other names of the tensor would keep the old layout",
+            operands=(0,),
+            axis=next(iter({*before.sharded, *after.sharded, *(axis for axis, _ in after.pending)}), ""),
+            advice=("use the form of the operator that makes a new tensor",),
+        )
+    if call.node.unsafe and not all_replicated(call):
+        raise Refusal(
+            "SS314",
+            f"{call.node.op} writes in place, and {call.node.unsafe}",
+            why="the typing follows a write only through the tensor's own names",
+            operands=(0,),
+            axis=next(iter(call.types[0].layout.sharded), ""),
+            advice=("use the form of the operator that makes a new tensor",),
+        )
 
 
 def _is_view_or_fill(call: Call) -> bool:

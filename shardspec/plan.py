@@ -1,18 +1,14 @@
 """The plan: what a table comes to on one mesh. Frozen values only; the runtime reads nothing else."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
-import attrs
 from attrs import field, frozen
 
 from shardspec.layout import Layout, canonical
 from shardspec.mesh import Mesh
 from shardspec.moves import Move
-
-VERSION = 1
 
 
 @frozen(kw_only=True)
@@ -176,10 +172,10 @@ class Plan:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
-        """The plan as JSON, sorted, with a version."""
-        kept = attrs.asdict(self, recurse=True, filter=lambda attribute, _: attribute.name != "legal")
-        kept["mesh"] = self.mesh.shape
-        return json.dumps({"version": VERSION, **kept}, sort_keys=True)
+        """The plan as JSON, with a version; equal plans are equal texts."""
+        from shardspec.artifact import write_plan
+
+        return write_plan(self)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -188,9 +184,15 @@ class Plan:
         Raises:
             ValueError: for another version, or text that is no plan.
         """
-        from shardspec.files import read_plan
+        from shardspec.artifact import read_plan
 
         return read_plan(text)
+
+    def diff(self, other: "Plan") -> str:
+        """What moves from this plan to another, and what it costs; empty where nothing does."""
+        from shardspec.artifact import difference
+
+        return difference(self, other)
 
     def legal_meshes(self, world: int) -> tuple[Mesh, ...]:
         """Every mesh of `world` ranks, over the axes that the table names, that passes the check.

@@ -17,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from shardspec import functional
+from shardspec.aliasing import Aliases, writes
 from shardspec.diagnostics import Location
 from shardspec.program import Block, BlockCall, Graph, Node, Program, Ref, Value, tensors
 from shardspec.rules.operator import RULES
@@ -132,6 +133,7 @@ class Tracer(TorchDispatchMode):
         self.model = model
         self.path = ""
         self.muted = False
+        self.aliases = Aliases()
         self.captured: list[list[torch.Tensor]] = []
         self.signatures: dict[type, list[str]] = {}
 
@@ -238,7 +240,9 @@ class Tracer(TorchDispatchMode):
         graph.nodes.append(node)
         outs = out if isinstance(out, (list, tuple)) else (out,)
         datas = data if isinstance(data, (list, tuple)) else (data,) * len(outs)
-        mutated = name.endswith("_") and not name.startswith("__")
+        mutated = writes(func)
+        if mutated:
+            node.unsafe = self._write(args[0])
         indices: list[int | None] = []
         for made, constant in zip(outs, datas, strict=False):
             if not isinstance(made, torch.Tensor):
@@ -248,11 +252,32 @@ class Tracer(TorchDispatchMode):
             if not mutated and any(made is arg for arg in args):
                 # `to`, `contiguous` and `reshape` may give back the very tensor: an alias of the same value.
                 tensor = self.fresh(made)
+                self.aliases.rename(made, tensor)
                 outs = tuple(tensor if one is made else one for one in outs)
                 out = tensor if isinstance(out, torch.Tensor) else outs
             indices.append(self.enter(tensor, Value(tuple(tensor.shape), tensor.dtype, data=constant)))
+            if mutated:
+                # Every other name of the tensor stands for the new value too.
+                for name_id in self.aliases.family(tensor).whole & self.frame.ids.keys():
+                    self.frame.ids[name_id] = indices[-1] or 0
         node.outputs = tuple(indices)
+        if not mutated:
+            self.aliases.observe(func, args, out)
         return out
+
+    def _write(self, target: torch.Tensor) -> str:
+        """Why the typing cannot follow a write to a tensor, or nothing; what was known of its values is forgotten."""
+        family = self.aliases.family(target)
+        values = self.frame.graph.values
+        for member in (family.whole | family.parts) & self.frame.ids.keys():
+            values[self.frame.ids[member]].data = None
+        kind = values[self.frame.ids[id(target)]].kind if id(target) in self.frame.ids else "param"
+        if kind in ("param", "buffer", "entry", "constant"):
+            return f"it writes to a {kind} of the model"
+        if family.parts:
+            return "other views of the same tensor see the write"
+        outside = [frame for frame in self.frames[:-1] if family.whole & frame.ids.keys()]
+        return "a tensor from outside the block sees the write" if outside else ""
 
     def _constant(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The operator's value, where all that it reads is constant, small and not random."""

@@ -12,8 +12,10 @@ import shardspec as ss
 from models.llama import RULES, build
 from models.llama.model import LlamaConfig
 from models.llama.rules import WITHOUT_SP
+from tests.distributed.harness import run_ranks
 
 STEPS = 5
+ROWS, SEQ = 16, 8  # two microbatches for each of 8 data ranks, one position for each of 8 tp ranks
 CLIP = 0.5
 TOLERANCE = 1e-10
 OPTIMIZER = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -40,6 +42,11 @@ class Case:
     accumulate: int = 1
     remat: bool = False
 
+    @property
+    def world(self) -> int:
+        """The number of ranks."""
+        return ss.Mesh.parse(self.mesh).world
+
     def __str__(self) -> str:
         parts = [self.mesh or "one", "sp" if self.sp else "no-sp", "tied" if self.tied else "untied"]
         parts += [f"accumulate={self.accumulate}"] if self.accumulate > 1 else []
@@ -60,11 +67,11 @@ def make_config(*, tied: bool) -> LlamaConfig:
 
 
 def make_batch(step: int) -> dict[str, Tensor]:
-    """A global batch [8, 16] whose masked labels differ from row to row; the last row counts nothing."""
+    """A global batch [16, 8] whose masked labels differ from row to row; the last row counts nothing."""
     generator = torch.Generator().manual_seed(100 + step)
-    tokens = torch.randint(0, SIZES["vocab_size"], (8, 16), generator=generator)
-    labels = torch.randint(0, SIZES["vocab_size"], (8, 16), generator=generator)
-    masked = torch.rand(8, 16, generator=generator) < torch.linspace(0, 1, 8)[:, None]
+    tokens = torch.randint(0, SIZES["vocab_size"], (ROWS, SEQ), generator=generator)
+    labels = torch.randint(0, SIZES["vocab_size"], (ROWS, SEQ), generator=generator)
+    masked = torch.rand(ROWS, SEQ, generator=generator) < torch.linspace(0, 1, ROWS)[:, None]
     return {"tokens": tokens, "labels": labels.masked_fill(masked, -100)}
 
 
@@ -174,3 +181,10 @@ def compare(case: Case) -> dict[str, float]:
     """The largest differences of a case, on a rank that takes part."""
     sharded = run_sharded(case)
     return differences(run_plain(sharded.initial, tied=case.tied), sharded)
+
+
+def run_cases(cases: list[Case], timeout: float = 600) -> Iterator[tuple[Case, dict[str, float]]]:
+    """Each case with its largest differences; all cases of one world size run in the same ranks."""
+    for world in sorted({case.world for case in cases}):
+        same = [case for case in cases if case.world == world]
+        yield from zip(same, run_ranks(world, on_rank, same, timeout=timeout)[0], strict=True)
