@@ -75,6 +75,8 @@ class Trainer:
         """
         if has(mesh, "tp"):
             parallelize_module(model, mesh["tp"], tp_plan(model, options))
+            if mesh.ndim > 1:
+                mesh._flatten()  # so that DTensor's norm is one all-reduce, not one an axis
         if has(mesh, "fsdp"):
             shard_storage(model, mesh["dp", "fsdp"] if has(mesh, "dp") else mesh["fsdp"])
         parameters = leaves = dict(model.named_parameters())

@@ -228,11 +228,7 @@ class Cotangents:
             owing = [at for at, cot in uses if axis in cot.owed]
             holders = [cot.holders(axis) for _, cot in uses]
             holding = [nodes for nodes in holders if nodes]
-            done = [
-                at
-                for (at, cot), nodes in zip(uses, holders, strict=True)
-                if axis not in cot.owed and not nodes
-            ]
+            done = [at for (at, cot), nodes in zip(uses, holders, strict=True) if axis not in cot.owed and not nodes]
             if owing and done:
                 if self._state(typed, index, axis):
                     self.conflicts.append(Conflict(typed, index, axis, tuple(owing), tuple(done), typed.fqn))
@@ -258,30 +254,20 @@ def differentiable(typed: TypedGraph, live_inputs: tuple[bool, ...] = ()) -> set
     if live_inputs in typed.live:
         return typed.live[live_inputs]
     live = {index for index, alive in zip(graph.inputs, live_inputs, strict=False) if alive}
-    live |= {
-        index for index, value in enumerate(graph.values) if value.kind == "param" and value.requires_grad
-    }
+    live |= {index for index, value in enumerate(graph.values) if value.kind == "param" and value.requires_grad}
     for position, node in enumerate(graph.nodes):
         if not node.grad or node.op == "detach":
             continue
         reached = any(ref.index in live for ref in tensors(node.args) + tensors(node.kwargs))
         if not reached and node.op != "block":
             continue
-        outs = [
-            index
-            for index in node.outputs
-            if index is not None and graph.values[index].dtype.is_floating_point
-        ]
+        outs = [index for index in node.outputs if index is not None and graph.values[index].dtype.is_floating_point]
         if node.op == "block":
             inner = typed.calls.get(position)
             if inner is None:
                 continue
             inside = differentiable(inner, tuple(ref.index in live for ref in node.args))
-            outs = [
-                i
-                for i, o in zip(node.outputs, inner.graph.outputs, strict=True)
-                if o in inside and i is not None
-            ]
+            outs = [i for i, o in zip(node.outputs, inner.graph.outputs, strict=True) if o in inside and i is not None]
         live.update(outs)
     typed.live[live_inputs] = live
     return live

@@ -101,12 +101,8 @@ class Replayer(Tracer):
     def append_block(self, node: Node, entered: list[torch.Tensor], out: Any) -> Any:
         """Append the image of a block's call."""
         args = tuple(Ref(self.value_of(tensor)) for tensor in entered)
-        outputs = tuple(
-            self.enter(tensor, Value(tuple(tensor.shape), tensor.dtype)) for tensor in tensor_leaves(out)
-        )
-        self.frame.graph.nodes.append(
-            Node("block", node.func, args, {}, outputs, self.path, node.file, node.line)
-        )
+        outputs = tuple(self.enter(tensor, Value(tuple(tensor.shape), tensor.dtype)) for tensor in tensor_leaves(out))
+        self.frame.graph.nodes.append(Node("block", node.func, args, {}, outputs, self.path, node.file, node.line))
         return out
 
     def _skip(self, node: Node, inner: TypedGraph) -> Any:
@@ -115,9 +111,7 @@ class Replayer(Tracer):
 
         def make(ref: Ref) -> torch.Tensor:
             index = by_output[ref.index]
-            return torch.empty(
-                inner.layout(index).shape, dtype=inner.graph.values[index].dtype, device="meta"
-            )
+            return torch.empty(inner.layout(index).shape, dtype=inner.graph.values[index].dtype, device="meta")
 
         self.muted = True
         try:
@@ -133,11 +127,7 @@ def local_twin(
 
     def place(name: str, tensor: torch.Tensor) -> torch.Tensor:
         local = torch.empty(layouts[name].shape, dtype=tensor.dtype, device="meta")
-        return (
-            nn.Parameter(local, requires_grad=tensor.requires_grad)
-            if isinstance(tensor, nn.Parameter)
-            else local
-        )
+        return nn.Parameter(local, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else local
 
     local = twin(model, place)
     for path, named in attributes.items():
@@ -195,9 +185,7 @@ def _crash(error: Exception) -> Diagnostic:
         what="the model fails on a rank's local shapes",
         why=str(error).splitlines()[0] if str(error) else type(error).__name__,
         locations=user_frame(error),
-        advice=(
-            "take sizes from the tensors at hand, or name the attribute that holds a global size in attributes=",
-        ),
+        advice=("take sizes from the tensors at hand, or name the attribute that holds a global size in attributes=",),
     )
 
 
@@ -244,9 +232,7 @@ def _mismatch(pair: _Pair, node: Node, other: Node, problem: str) -> Diagnostic:
         why="\n".join(problem.splitlines()[1:])
         or "run on local shapes, forward must do what it does on the whole, part by part",
         locations=(other.location,),
-        advice=(
-            "take sizes from the tensors at hand, or name the attribute that holds a global size in attributes=",
-        ),
+        advice=("take sizes from the tensors at hand, or name the attribute that holds a global size in attributes=",),
     )
 
 
@@ -276,9 +262,7 @@ def _differs(
             return f"{node.op} reads another value as operand {number}"
         read = typed.consumed.get(position)
         if read is not None:
-            problem = _shape_problem(
-                read[number], local.values[two.index].shape, f"operand {number} of {node.op}"
-            )
+            problem = _shape_problem(read[number], local.values[two.index].shape, f"operand {number} of {node.op}")
             if problem:
                 return problem
     for one, two in zip(node.outputs, other.outputs, strict=False):
@@ -289,42 +273,26 @@ def _differs(
         problem = _shape_problem(kind, local.values[two].shape, f"the result of {node.op}")
         if problem:
             return problem
-    return (
-        ""
-        if node.op in ("point", "block") or node.op in SHAPED
-        else _argument_problem(pair, position, node, other)
-    )
+    return "" if node.op in ("point", "block") or node.op in SHAPED else _argument_problem(pair, position, node, other)
 
 
 def _shape_problem(kind: Type, shape: tuple[int, ...], what: str) -> str:
     wanted = kind.layout.shape
     if len(shape) == len(wanted) and all(
-        index in kind.uniform or one == two
-        for index, (one, two) in enumerate(zip(wanted, shape, strict=True))
+        index in kind.uniform or one == two for index, (one, two) in enumerate(zip(wanted, shape, strict=True))
     ):
         return ""
-    return (
-        f"{what} has shape {shape} on a rank\nits layout is {kind.layout}, of which a rank's part is {wanted}"
-    )
+    return f"{what} has shape {shape} on a rank\nits layout is {kind.layout}, of which a rank's part is {wanted}"
 
 
 def _argument_problem(pair: _Pair, position: int, node: Node, other: Node) -> str:
     expected = pair.typed.local.get(position, {})
     mine, theirs = named_arguments(node), named_arguments(other)
     for name, value in mine.items():
-        if (
-            tensors(value)
-            or expected.get(name) is ...
-            or name in ("device", "pin_memory", "memory_format", "layout")
-        ):
+        if tensors(value) or expected.get(name) is ... or name in ("device", "pin_memory", "memory_format", "layout"):
             continue
         wanted = expected.get(name, value)
-        if (
-            name == "start"
-            and node.op == "slice"
-            and wanted == (value or 0)
-            and theirs.get(name) in (None, 0, wanted)
-        ):
+        if name == "start" and node.op == "slice" and wanted == (value or 0) and theirs.get(name) in (None, 0, wanted):
             continue
         if theirs.get(name) != wanted:
             return (

@@ -19,7 +19,8 @@ from shardspec.infer import (
 )
 from shardspec.layout import Layout, canonical
 from shardspec.program import tensors
-from shardspec.rules.match import Entry, MeshEdit, as_pattern, fold
+from shardspec.rules.match import as_pattern, fold
+from shardspec.rules.parse import Entry, MeshEdit
 from shardspec.spec import Dim, Factor, Spec
 from shardspec.stages import Claims
 
@@ -178,15 +179,13 @@ def _without(layout: Layout, axis: str, inference: Inference) -> Layout:
     return Layout(dims, tuple(item for item in layout.pending if item[0] != axis))
 
 
-def declared_as(
-    layout: Layout, shape: tuple[int, ...], claims: Claims, inference: Inference, axis: str
-) -> str | None:
+def declared_as(layout: Layout, shape: tuple[int, ...], claims: Claims, inference: Inference, axis: str) -> str | None:
     """A spec for a layout: one that the table uses, as it is or without `axis`, for it then serves every mesh."""
     for entry in claims.table.activations:
         for spec in (entry.spec, without_axis(entry.spec, axis)):
-            if spec.ellipsis is None and not spec.open_end and _fits(spec, shape, claims):
-                if inference.layout_of(evolve(entry, spec=spec), "", shape) == layout:
-                    return str(spec)
+            fits = spec.ellipsis is None and not spec.open_end and _fits(spec, shape, claims)
+            if fits and inference.layout_of(evolve(entry, spec=spec), "", shape) == layout:
+                return str(spec)
     return spec_text(layout, shape, claims.sizes.known)
 
 
@@ -198,9 +197,7 @@ def _fits(spec: Spec, shape: tuple[int, ...], claims: Claims) -> bool:
     return all(claims.sizes.known.get(name, length) == length for name, length in zip(names, shape, strict=True))
 
 
-def explain_conflicts(
-    conflicts: Iterable[Conflict], inference: Inference, claims: Claims
-) -> Iterator[Diagnostic]:
+def explain_conflicts(conflicts: Iterable[Conflict], inference: Inference, claims: Claims) -> Iterator[Diagnostic]:
     """A diagnostic for each value whose uses owe differently."""
     seen: dict[object, Diagnostic] = {}
     for conflict in conflicts:

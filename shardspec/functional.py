@@ -26,9 +26,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> t
         ValueError: on the CPU, for a label that is neither; elsewhere a device-side assertion.
     """
     if has_torch_function((logits, labels)):
-        return handle_torch_function(
-            cross_entropy, (logits, labels), logits, labels, ignore_index=ignore_index
-        )
+        return handle_torch_function(cross_entropy, (logits, labels), logits, labels, ignore_index=ignore_index)
     check_shapes(logits, labels)
     check_range(labels, logits.shape[-1], "label", ignore_index)
     dtype = accumulation_dtype(logits.dtype)

@@ -7,12 +7,13 @@ import torch
 from attrs import define, field, frozen
 
 from shardspec.aliasing import writes
-from shardspec.diagnostics import Diagnostic, Location
+from shardspec.diagnostics import Location
 from shardspec.layout import Layout, Sizes
 from shardspec.moves import Move, NoTransition, transition
 from shardspec.program import Block, BlockCall, Graph, Node, Program, Ref, tensors
-from shardspec.rules.match import Entry, ParamClaim, fold
+from shardspec.rules.match import fold
 from shardspec.rules.operator import RULES, Call, Refusal, Type, Typed, all_replicated, as_replicated
+from shardspec.rules.parse import Entry, ParamClaim
 from shardspec.rules.pointwise import is_pointwise, pointwise
 
 LayoutOf = Callable[[Entry, str, tuple[int, ...]], Layout | None]
@@ -120,9 +121,7 @@ class Inference:
             typed.types[index] = Type(claim.layout) if claim else None
         for index, value in enumerate(graph.values):
             if value.kind == "constant":
-                typed.types[index] = Type(
-                    Layout(tuple((length,) if length != 1 else () for length in value.shape))
-                )
+                typed.types[index] = Type(Layout(tuple((length,) if length != 1 else () for length in value.shape)))
         for position, node in enumerate(graph.nodes):
             self._node(typed, position, node, fqn)
 
@@ -178,9 +177,7 @@ class Inference:
         try:
             moves = transition(before, after, self.sizes)
         except NoTransition as error:
-            refusal = Refusal(
-                "SS306", f"{absolute(fqn, name)} cannot become {entry.rule.value}", why=str(error)
-            )
+            refusal = Refusal("SS306", f"{absolute(fqn, name)} cannot become {entry.rule.value}", why=str(error))
             self._refuse(typed, position, fqn, refusal, (node.args[0],))
             return
         typed.consumed[position] = (Type(before),)
@@ -399,9 +396,7 @@ def model_location(issue: Issue) -> Location:
     return issue.typed.graph.nodes[issue.node].location
 
 
-def spec_text(
-    layout: Layout, shape: Sequence[int], known: dict[str, int], prefer: Sequence[str] = ()
-) -> str | None:
+def spec_text(layout: Layout, shape: Sequence[int], known: dict[str, int], prefer: Sequence[str] = ()) -> str | None:
     """A spec for a layout, with names of factors that have the dims' sizes; None where no name fits."""
     parts: list[str] = []
     used: set[str] = set()

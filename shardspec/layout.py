@@ -93,9 +93,7 @@ class Layout:
 
     def __str__(self) -> str:
         dims = ", ".join(dim_text(dim) for dim in self.dims)
-        return f"[{dims}]" + "".join(
-            f" +{axis}" + ("" if kind == SUM else f":{kind}") for axis, kind in self.pending
-        )
+        return f"[{dims}]" + "".join(f" +{axis}" + ("" if kind == SUM else f":{kind}") for axis, kind in self.pending)
 
 
 def dim_text(dim: DimLayout) -> str:

@@ -18,7 +18,9 @@ from shardspec.placement import stored_shape
 from shardspec.plan import ActivationPlan, Collective, LossPlan, ParamPlan, PointPlan, Substitution, UnitPlan
 from shardspec.policy import Policy, chosen
 from shardspec.program import Ref, tensors
-from shardspec.rules.match import Entry, ParamClaim, dims_of, fold
+from shardspec.rules.fit import dims_of
+from shardspec.rules.match import fold
+from shardspec.rules.parse import Entry, ParamClaim
 from shardspec.stages import Claims, Survey, TypedProgram
 from shardspec.tracing import user_frame
 
@@ -28,23 +30,24 @@ def in_order(axes: Any) -> tuple[str, ...]:
     return tuple(axis for axis in AXES if axis in axes)
 
 
-def owed_axes(typed: TypedProgram) -> tuple[dict[str, frozenset[str]], list[Diagnostic]]:
-    """First name of a parameter -> the axes over which its gradient is a pending sum; SS307 where its uses differ."""
+def owed_axes(typed: TypedProgram, names: Survey) -> tuple[dict[str, frozenset[str]], list[Diagnostic]]:
+    """First name of a parameter that has a gradient -> the axes over which it is a pending sum.
+
+    SS307 for one whose uses differ: a tied weight used on both sides of a split, say.
+    """
     found: dict[str, dict[str, frozenset[str]]] = {}
     for fqn, graph, back in calls(typed.forward, typed.backward, ""):
-        if back is None:
-            continue
-        for name, index in graph.graph.params.items():
-            if index in back.owed:
+        for name, index in graph.graph.params.items() if back else ():
+            if back is not None and index in back.owed:
                 full = absolute(fqn, name)
-                found.setdefault(full, {})[fqn] = back.owed[index]
+                found.setdefault(names.parameters[full].first, {})[f"{fqn} {full}"] = back.owed[index]
     owed: dict[str, frozenset[str]] = {}
     problems: list[Diagnostic] = []
     for name, uses in found.items():
         kinds = set(uses.values())
         owed[name] = next(iter(kinds))
         if len(kinds) > 1:
-            differ = sorted(frozenset.union(*kinds) - frozenset.intersection(*kinds))
+            differ = sorted(frozenset[str]().union(*kinds) - frozenset.intersection(*kinds))
             problems.append(
                 Diagnostic(
                     code="SS307",
@@ -56,9 +59,7 @@ def owed_axes(typed: TypedProgram) -> tuple[dict[str, frozenset[str]], list[Diag
     return owed, problems
 
 
-def calls(
-    typed: TypedGraph, back: Backward | None, fqn: str
-) -> Iterator[tuple[str, TypedGraph, Backward | None]]:
+def calls(typed: TypedGraph, back: Backward | None, fqn: str) -> Iterator[tuple[str, TypedGraph, Backward | None]]:
     """Every graph as it is called: its FQN, its types, its backward."""
     yield fqn, typed, back
     for position, inner in typed.calls.items():
@@ -101,28 +102,29 @@ def lower_params(
     return plans
 
 
-def check_storage(params: Mapping[str, ParamPlan], claims: Claims) -> Iterator[Diagnostic]:
-    """SS308 for storage over an axis on which the gradient is already complete."""
+def check_storage(
+    params: Mapping[str, ParamPlan], owed: Mapping[str, frozenset[str]], claims: Claims
+) -> Iterator[Diagnostic]:
+    """SS308 for storage over an axis on which the gradient is complete already; SS209 for a stored buffer."""
     seen: set[tuple[str, str]] = set()
     for name, plan in params.items():
+        location = claims.params[name].entry.location
         if plan.buffer and plan.storage:
             yield Diagnostic(
                 code="SS209",
                 what=f"the buffer {name} is stored over {plan.storage[0]}",
                 why="only parameters are gathered before they are used",
-                locations=(claims.params[name].entry.location,),
+                locations=(location,),
             )
-        if not plan.trained or plan.buffer or not (plan.owed or plan.storage):
-            continue
-        for axis in plan.storage:
-            if axis not in plan.owed and (plan.rule, axis) not in seen and plan.owed:
+        for axis in plan.storage if plan.first in owed else ():
+            if axis not in owed[plan.first] and (plan.rule, axis) not in seen:
                 seen.add((plan.rule, axis))
                 yield Diagnostic(
                     code="SS308",
                     what=f"{name} is stored over {axis}, and its gradient is complete there",
                     why=f"its gradient would be summed over {axis}, where every rank already holds the whole of it",
-                    locations=(claims.params[name].entry.location,),
-                    advice=(f"take {axis} off the rule, or lay what it is used with over {axis}",),
+                    locations=(location,),
+                    advice=(f"take {axis} off the rule, or split what it is used with over {axis}",),
                 )
 
 
@@ -141,13 +143,14 @@ def lower_points(typed: TypedProgram) -> dict[str, PointPlan]:
 def point_collectives(typed: TypedProgram, again: tuple[str, ...]) -> Iterator[Collective]:
     """The collectives of declared points, forward and backward; those inside `again` run once more in backward."""
     sizes = typed.mesh.shape
+    twice = run_again(typed, again)
     for fqn, graph, back in calls(typed.forward, typed.backward, ""):
         for position, step in graph.transitions.items():
             node = graph.graph.nodes[position]
             value = graph.graph.values[node.args[0].index]
             name = fold(absolute(fqn, graph.names[position]))
             phases = [("forward", step.moves), ("backward", back.moves.get(position, ()) if back else ())]
-            if any(absolute(fqn, graph.names[position]).startswith(f"{module}.") for module in again):
+            if absolute(fqn, graph.names[position]) in twice:
                 phases.append(("backward", step.moves))
             for phase, moves in phases:
                 for move in moves:
@@ -162,6 +165,52 @@ def point_collectives(typed: TypedProgram, again: tuple[str, ...]) -> Iterator[C
                             bytes=size,
                             why=step.entry.rule.pattern,
                         )
+
+
+SAVES_NOTHING = {"point", "block", "add", "sub", "neg", "cat", "stack", "chunk", "split", "clone", "to", "contiguous"}
+SAVES_NOTHING |= {
+    "view",
+    "reshape",
+    "flatten",
+    "transpose",
+    "permute",
+    "expand",
+    "slice",
+    "select",
+    "squeeze",
+    "unsqueeze",
+}
+"""Operators whose backward needs no tensor of the forward."""
+
+
+def run_again(typed: TypedProgram, again: tuple[str, ...]) -> set[str]:
+    """The points that run again where the modules `again` are rematerialised.
+
+    torch.utils.checkpoint stops once it has all that was saved, so that what follows the last operator that saves
+    anything does not run again.
+    """
+    found: set[str] = set()
+    ended: set[str] = set()
+    for fqn, graph, position in reversed(list(in_sequence(typed.forward, "")) if again else []):
+        node = graph.graph.nodes[position]
+        is_point = node.op == "point"
+        place = absolute(fqn, graph.names.get(position, node.func[0]) if is_point else node.path)
+        inside = [module for module in again if place.startswith(f"{module}.") or place == module and not is_point]
+        if node.op not in SAVES_NOTHING:
+            ended.update(inside)
+        elif is_point and not ended.isdisjoint(inside):
+            found.add(place)
+    return found
+
+
+def in_sequence(typed: TypedGraph, fqn: str) -> Iterator[tuple[str, TypedGraph, int]]:
+    """Every node in the order in which it runs: the FQN of its graph, the graph, its position there."""
+    for position, node in enumerate(typed.graph.nodes):
+        inner = typed.calls.get(position)
+        if inner is None:
+            yield fqn, typed, position
+        else:
+            yield from in_sequence(inner, absolute(fqn, node.func.fqn))
 
 
 def unit_collectives(
@@ -209,9 +258,7 @@ def reduced_by_hand(plan: ParamPlan) -> tuple[str, ...]:
     return tuple(axis for axis in plan.owed if axis not in done)
 
 
-def step_collectives(
-    params: Mapping[str, ParamPlan], mesh: Mesh, loss: LossPlan | None
-) -> Iterator[Collective]:
+def step_collectives(params: Mapping[str, ParamPlan], mesh: Mesh, loss: LossPlan | None) -> Iterator[Collective]:
     """One coalesced all-reduce for each set of axes that parameters owe, and one for the loss and the norm."""
     groups: Counter[tuple[tuple[str, ...], str]] = Counter()
     for name, plan in params.items():
@@ -293,6 +340,11 @@ def substitution_collectives(typed: TypedProgram) -> Iterator[Collective]:
                 bytes=2 * rows,
                 why="normaliser and picked logit",
             )
+
+
+def repeated(rows: Iterable[Collective], count: int) -> Iterator[Collective]:
+    """The collectives of a microbatch, as many times as a step has microbatches."""
+    return (evolve(row, count=row.count * count) for row in rows)
 
 
 def folded_collectives(found: Iterable[Collective]) -> tuple[Collective, ...]:
@@ -396,9 +448,7 @@ def _bad_loss(what: str, location: Location | None, why: str = "") -> Diagnostic
 def output_layouts(typed: TypedProgram) -> tuple[Layout, ...]:
     """The layouts of forward's outputs."""
     return tuple(
-        typed.forward.layout(index)
-        for index in typed.program.outputs
-        if typed.forward.types[index] is not None
+        typed.forward.layout(index) for index in typed.program.outputs if typed.forward.types[index] is not None
     )
 
 
@@ -418,9 +468,7 @@ def last_unit(typed: TypedProgram, units: tuple[UnitPlan, ...]) -> str:
 def failed(error: Exception, inputs: Mapping[str, Any]) -> Diagnostic:
     """SS402 for a forward or a loss that does not run on the batch's shapes, whatever the mesh."""
     shapes = ", ".join(
-        f"{name} {tuple(item.shape)} {str(item.dtype).removeprefix('torch.')}"
-        if hasattr(item, "dtype")
-        else name
+        f"{name} {tuple(item.shape)} {str(item.dtype).removeprefix('torch.')}" if hasattr(item, "dtype") else name
         for name, item in inputs.items()
     )
     message = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -36,9 +36,7 @@ def _fill(asked: dict[str, int | str], world: int | None) -> dict[str, int]:
             refuse("SS102", f"the mesh holds {known} ranks, the world {world}", why=_product(sizes, known))
         return sizes
     if len(auto) > 1:
-        refuse(
-            "SS101", f"two axes are 'auto': {', '.join(auto)}", why="one axis can take what the others leave"
-        )
+        refuse("SS101", f"two axes are 'auto': {', '.join(auto)}", why="one axis can take what the others leave")
     if world is None:
         told = os.environ.get("WORLD_SIZE")
         if told is None:

@@ -88,9 +88,7 @@ def transition(before: Layout, after: Layout, sizes: Sizes) -> tuple[Move, ...]:
     """
     for axis, kind in after.pending:
         if before.pending_kind(axis) != kind:
-            raise NoTransition(
-                f"the rule leaves the value pending over {axis}, and it is {before.describe(axis)}"
-            )
+            raise NoTransition(f"the rule leaves the value pending over {axis}, and it is {before.describe(axis)}")
     moves: list[Move] = []
     now = before
     for step in _plan(before, after, sizes):
@@ -104,9 +102,7 @@ def apply(layout: Layout, move: Move, sizes: Sizes) -> Layout:
     """The layout after a move."""
     dims = list(layout.dims)
     pending = tuple(
-        item
-        for item in layout.pending
-        if item[0] != move.axis or move.kind not in ("all_reduce", "reduce_scatter")
+        item for item in layout.pending if item[0] != move.axis or move.kind not in ("all_reduce", "reduce_scatter")
     )
     size = sizes[move.axis]
     if move.kind in ("all_gather", "all_to_all"):
@@ -140,11 +136,7 @@ def _plan(before: Layout, after: Layout, sizes: Sizes) -> Iterator[Move]:
     for axis in sorted(drop, key=lambda axis: now.sharded[axis]):
         dim = now.sharded[axis]
         gather = Move("all_gather", axis, dim, _outer(now.dims[dim], axis))
-        if (
-            axis in target
-            and target[axis] != dim
-            and not any(other in drop for other in now.dims[target[axis]])
-        ):
+        if axis in target and target[axis] != dim and not any(other in drop for other in now.dims[target[axis]]):
             swap = evolve(
                 gather,
                 kind="all_to_all",
@@ -224,9 +216,7 @@ def adjoint(
             if move.reduce == AVG:
                 back.append(Move("scale", axis, shape=move.shape))
         elif move.kind == "all_to_all":
-            back.append(
-                Move("all_to_all", axis, move.to_dim, move.to_outer, move.dim, move.outer, shape=after)
-            )
+            back.append(Move("all_to_all", axis, move.to_dim, move.to_outer, move.dim, move.outer, shape=after))
         elif move.kind == "all_reduce":
             if axis in owed:
                 back.append(Move("all_reduce", axis, shape=after))

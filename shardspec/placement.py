@@ -42,9 +42,7 @@ def _placement(param: ParamPlan, axis: str) -> Placement:
 def local_index(param: ParamPlan, coordinate: Mapping[str, int], mesh: Mesh) -> tuple[torch.Tensor, ...]:
     """The global indices, dim by dim, of the elements that a rank stores."""
     index = [
-        digits_index(digits, coordinate, mesh)
-        if any(isinstance(d, str) for d in digits)
-        else torch.arange(length)
+        digits_index(digits, coordinate, mesh) if any(isinstance(d, str) for d in digits) else torch.arange(length)
         for digits, length in zip(param.layout.dims, param.shape, strict=True)
     ]
     if param.storage:
@@ -65,9 +63,7 @@ def digits_index(digits: Sequence[int | str], coordinate: Mapping[str, int], mes
     return index
 
 
-def storage_rows(
-    rows: int, axes: Sequence[str], coordinate: Mapping[str, int], mesh: Mesh
-) -> tuple[int, int]:
+def storage_rows(rows: int, axes: Sequence[str], coordinate: Mapping[str, int], mesh: Mesh) -> tuple[int, int]:
     """The rows [start, stop) that a rank stores of `rows`: chunks of ceil(rows / n), the last ones short or empty."""
     place, degree = 0, 1
     for axis in axes:

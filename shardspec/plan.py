@@ -201,7 +201,5 @@ class Plan:
             ValueError: for a plan that was read from a file, which no longer knows its model.
         """
         if self.legal is None:
-            raise ValueError(
-                "this plan was read from a file: compile the table again to ask for other meshes"
-            )
+            raise ValueError("this plan was read from a file: compile the table again to ask for other meshes")
         return self.legal(world)

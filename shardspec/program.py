@@ -66,9 +66,7 @@ class Node:
     @property
     def location(self) -> Location:
         """The model's line."""
-        return Location(
-            file=shorten(self.file), line=self.line, text=linecache.getline(self.file, self.line).strip()
-        )
+        return Location(file=shorten(self.file), line=self.line, text=linecache.getline(self.file, self.line).strip())
 
 
 @define(slots=True, eq=False)

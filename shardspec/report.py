@@ -85,9 +85,7 @@ def _collectives(plan: Plan) -> Table:
     )  # fmt: skip
     order = {"forward": 0, "backward": 1, "step": 2}
     for row in sorted(plan.collectives, key=lambda row: order[row.phase]):
-        table.add_row(
-            row.phase, row.kind, ",".join(row.axes), row.where, str(row.count), size_text(row.bytes), row.why
-        )
+        table.add_row(row.phase, row.kind, ",".join(row.axes), row.where, str(row.count), size_text(row.bytes), row.why)
     return table
 
 

@@ -179,9 +179,7 @@ def _parse_factor(reader: _Reader) -> Factor:
     axes = _parse_axes(reader)
     if kind == "number":
         if axes:
-            raise SpecError(
-                f"{reader.text!r}: the plain number {text} cannot be split; give the factor a name"
-            )
+            raise SpecError(f"{reader.text!r}: the plain number {text} cannot be split; give the factor a name")
         return Factor("", int(text), axes)
     return Factor(text, None, axes)
 

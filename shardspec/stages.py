@@ -1,5 +1,7 @@
 """What the stages hand on: a survey, claims, a typed program."""
 
+from collections.abc import Callable
+
 import torch
 from attrs import define, field, frozen
 from torch import nn
@@ -9,7 +11,9 @@ from shardspec.diagnostics import Diagnostic
 from shardspec.infer import Inference, TypedGraph
 from shardspec.mesh import Mesh
 from shardspec.program import Program
-from shardspec.rules.match import Entry, ParamClaim, Sizes, Table
+from shardspec.rules.parse import Entry, ParamClaim, Sizes, Table
+
+Model = nn.Module | Callable[[], nn.Module]
 
 
 @frozen(eq=False)

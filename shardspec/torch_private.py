@@ -43,9 +43,7 @@ def strided_shard(dim: int, split_factor: int) -> Placement:
     return _StridedShard(dim, split_factor=split_factor)
 
 
-def make_spec(
-    mesh: DeviceMesh, placements: tuple[Placement, ...], shape: tuple[int, ...], dtype: torch.dtype
-) -> Any:
+def make_spec(mesh: DeviceMesh, placements: tuple[Placement, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Any:
     """What a DTensor needs to know beside its local tensor; made once, shared by every view."""
     stride: list[int] = []
     step = 1
@@ -118,9 +116,7 @@ def empty_padded(record: Any, shape: tuple[int, ...], dtype: torch.dtype, device
     """A local tensor of `shape` for a parameter of FSDP2, lying in zeroed rows that pad it."""
     dim = record.fsdp_placement.dim
     padded = torch.zeros(record.padded_sharded_param_size, dtype=dtype, device=device)
-    return (
-        padded if tuple(padded.shape) == shape else padded.narrow(dim, 0, shape[dim] if padded.numel() else 0)
-    )
+    return padded if tuple(padded.shape) == shape else padded.narrow(dim, 0, shape[dim] if padded.numel() else 0)
 
 
 _SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"

@@ -28,9 +28,9 @@ aten = torch.ops.aten
 CONSTANT_LIMIT = 1 << 16
 """Integer tensors of up to this many elements that derive from constants are also computed on the CPU."""
 
-MODULE_STATE = frozenset(
-    name for name in nn.Module().__dict__ if name.startswith("_") or name == "training"
-) | {"forward"}
+MODULE_STATE = frozenset(name for name in nn.Module().__dict__ if name.startswith("_") or name == "training") | {
+    "forward"
+}
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
@@ -68,13 +68,10 @@ def twin(model: nn.Module, place: Callable[[str, torch.Tensor], torch.Tensor]) -
         made[id(module)] = new
         state = new.__dict__
         state.update(module.__dict__)
-        state["_parameters"] = {
-            name: tensor(prefix + name, value) for name, value in module._parameters.items()
-        }
+        state["_parameters"] = {name: tensor(prefix + name, value) for name, value in module._parameters.items()}
         state["_buffers"] = {name: tensor(prefix + name, value) for name, value in module._buffers.items()}
         state["_modules"] = {
-            name: None if child is None else build(child, f"{prefix}{name}.")
-            for name, child in module._modules.items()
+            name: None if child is None else build(child, f"{prefix}{name}.") for name, child in module._modules.items()
         }
         return new
 
@@ -107,9 +104,7 @@ def to_meta(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.device.type == "meta":
         return tensor
     meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return (
-        nn.Parameter(meta, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
-    )
+    return nn.Parameter(meta, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
 
 
 @define(slots=True, eq=False)
@@ -169,9 +164,7 @@ class Tracer(TorchDispatchMode):
 
     def _capture(self, tensor: torch.Tensor) -> int:
         """A value of an outer graph, read inside a block: one more input of the block."""
-        index = self.enter(
-            tensor, Value(tuple(tensor.shape), tensor.dtype, "", "formal", tensor.requires_grad)
-        )
+        index = self.enter(tensor, Value(tuple(tensor.shape), tensor.dtype, "", "formal", tensor.requires_grad))
         self.frame.graph.inputs.append(index)
         self.captured[-1].append(tensor)
         return index
@@ -306,9 +299,7 @@ class Tracer(TorchDispatchMode):
             return None
         options = {key: value for key, value in kwargs.items() if key != "device"}
         out = func(*known, **options, **({"device": torch.device("cpu")} if not reads else {}))
-        if isinstance(out, torch.Tensor) and (
-            out.numel() > CONSTANT_LIMIT or (out.is_floating_point() and out.ndim)
-        ):
+        if isinstance(out, torch.Tensor) and (out.numel() > CONSTANT_LIMIT or (out.is_floating_point() and out.ndim)):
             return None
         return out
 
@@ -320,9 +311,7 @@ class Tracer(TorchDispatchMode):
             if fqn:
                 module.__dict__["forward"] = functools.partial(self.call, module, fqn, module.forward)
 
-    def call(
-        self, module: nn.Module, fqn: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
+    def call(self, module: nn.Module, fqn: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One call of a module."""
         if is_block(fqn):
             return self.block(module, fqn, forward, args, kwargs)
@@ -394,9 +383,7 @@ class Tracer(TorchDispatchMode):
         source = self.value_of(tensor)
         data = graph.values[source].data if tuple(out.shape) == tuple(tensor.shape) else None
         index = self.enter(out, Value(tuple(out.shape), out.dtype, data=data))
-        node = Node(
-            "point", names, (Ref(source),), {}, (index,), self.path, file, line, torch.is_grad_enabled()
-        )
+        node = Node("point", names, (Ref(source),), {}, (index,), self.path, file, line, torch.is_grad_enabled())
         graph.nodes.append(node)
         return out
 
@@ -525,9 +512,7 @@ class Recorder(Tracer):
         if known.shape != self._shape(module, fqn):
             return False
         modules = dict(module.named_modules()) if known.reads else {}
-        return all(
-            _equal(modules[path].__dict__.get(name), value) for (path, name), value in known.reads.items()
-        )
+        return all(_equal(modules[path].__dict__.get(name), value) for (path, name), value in known.reads.items())
 
     def _shape(self, module: nn.Module, fqn: str) -> Any:
         """The class tree with what is registered in it: two blocks with equal shapes run the same code."""
@@ -575,6 +560,7 @@ class Recorder(Tracer):
             if watched is kind:
                 return watcher
         tracer = self
+        inherited: Any = kind.__getattribute__
 
         def getter(self: Any, name: str) -> Any:
             if (
@@ -583,7 +569,7 @@ class Recorder(Tracer):
                 and name in object.__getattribute__(self, "__dict__")
             ):
                 tracer.reads.append((self, name))
-            return kind.__getattribute__(self, name)
+            return inherited(self, name)
 
         body = {"__getattribute__": getter, "__module__": kind.__module__}
         watcher = types.new_class(kind.__name__, (kind,), exec_body=lambda space: space.update(body))
@@ -707,9 +693,7 @@ def argument_names(function: Callable[..., Any]) -> list[str]:
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
         inspect.Parameter.KEYWORD_ONLY,
     )
-    return [
-        name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind in kinds
-    ]
+    return [name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind in kinds]
 
 
 def user_line() -> tuple[str, int]:
@@ -781,21 +765,15 @@ def trace(
     program = Program()
     tracer = Recorder(program, ghost)
     tracer.attach()
-    batch = {
-        name: to_meta(name, item) if isinstance(item, torch.Tensor) else item for name, item in inputs.items()
-    }
+    batch = {name: to_meta(name, item) if isinstance(item, torch.Tensor) else item for name, item in inputs.items()}
     for name, tensor in batch.items():
         if isinstance(tensor, torch.Tensor):
-            program.entries[name] = tracer.enter(
-                tensor, Value(tuple(tensor.shape), tensor.dtype, name, "entry")
-            )
+            program.entries[name] = tracer.enter(tensor, Value(tuple(tensor.shape), tensor.dtype, name, "entry"))
     run(tracer, ghost, batch, loss_fn)
     return program, ghost
 
 
-def run(
-    tracer: Tracer, model: nn.Module, batch: Mapping[str, Any], loss_fn: Callable[..., Any] | None
-) -> Any:
+def run(tracer: Tracer, model: nn.Module, batch: Mapping[str, Any], loss_fn: Callable[..., Any] | None) -> Any:
     """Run forward and loss under a tracer; the program's `result` and `outputs` are set."""
     program = tracer.frames[0].graph
     assert isinstance(program, Program)
@@ -827,13 +805,7 @@ def required_arguments(model: nn.Module) -> list[str]:
 def user_frame(error: BaseException) -> tuple[Location, ...]:
     """The line of the model at which an error surfaced, if it came from one."""
     frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((_HERE, _TORCH))
+        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((_HERE, _TORCH))
     ]
     inner = [frame for frame in frames if "importlib" not in frame.filename]
-    return (
-        (Location(file=inner[-1].filename, line=inner[-1].lineno or 0, text=inner[-1].line or ""),)
-        if inner
-        else ()
-    )
+    return (Location(file=inner[-1].filename, line=inner[-1].lineno or 0, text=inner[-1].line or ""),) if inner else ()

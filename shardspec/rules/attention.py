@@ -30,9 +30,7 @@ def attention(call: Call) -> Typed:
         mask = call.shape(3)
         ends = [None if mask[-2] == 1 else "L", None if mask[-1] == 1 else "S"]
         lead = names[0][max(0, len(names[0]) - len(mask) + 2) :] if len(mask) > 2 else []
-        labels.append(
-            [*(None if size == 1 else label for size, label in zip(mask[:-2], lead, strict=True)), *ends]
-        )
+        labels.append([*(None if size == 1 else label for size, label in zip(mask[:-2], lead, strict=True)), *ends])
     typed = unify(call, labels, [[*names[0], "L", "Ev"]], whole=["L", "S", "E"])
     if grouped:
         typed.consumed = (typed.consumed[0], *original[1:3], *typed.consumed[3:])

@@ -30,9 +30,7 @@ def embedding(call: Call) -> Typed:
     axes = dim_axes(rows)
     if axes:
         if rows[: len(axes)] != axes:
-            raise Refusal(
-                "SS304", "embedding looks up rows that a rank holds in strides", operands=(0,), axis=axes[0]
-            )
+            raise Refusal("SS304", "embedding looks up rows that a rank holds in strides", operands=(0,), axis=axes[0])
         typed.lowering = "embedding"
     return typed
 
@@ -67,8 +65,7 @@ def gather(call: Call) -> Typed:
     shape, wanted = call.shape(0), call.shape(1)
     dim = int(call.named["dim"]) % len(shape)
     names: list[Label] = [
-        index if index != dim and shape[index] == wanted[index] else ("x", index)
-        for index in range(len(shape))
+        index if index != dim and shape[index] == wanted[index] else ("x", index) for index in range(len(shape))
     ]
     out: list[Label] = list(range(len(shape)))
     return unify(

@@ -21,7 +21,7 @@ cross_entropy.meta = _meta  # pyright: ignore[reportFunctionMemberAccess]
 
 @rule(cross_entropy)
 def token_loss(call: Call) -> Typed:
-    """logits [..., V], labels [...] -> the sum of the losses and the number of tokens, each pending over the tokens' axes."""
+    """logits [..., V], labels [...] -> the sum of the losses and the count of tokens, pending over the tokens' axes."""
     lead: list[Label] = list(range(len(call.shape(1))))
     kind = call.types[0]
     classes = kind.layout.dims[-1]

@@ -182,9 +182,7 @@ def _digits(call: Call, labels: Sequence[Sequence[Label]]) -> tuple[dict[Label, 
 def _disagree(call: Call, one: tuple[int, int], two: tuple[int, int]) -> Refusal:
     dims = [(call.types[operand].layout.dims[dim], operand, dim) for operand, dim in sorted((one, two))]
     (left, first, first_dim), (right, second, second_dim) = dims
-    axes = [
-        axis for axis in (*dim_axes(left), *dim_axes(right)) if (axis in left) != (axis in right)
-    ] or dim_axes(left)
+    axes = [axis for axis in (*dim_axes(left), *dim_axes(right)) if (axis in left) != (axis in right)] or dim_axes(left)
     axis = axes[0] if axes else ""
     whole = (first if axis not in left else second) if axis else first
     return Refusal(
@@ -233,9 +231,7 @@ def _pending(call: Call, owner: Mapping[str, Label], linear: str, scalars: bool)
                 call, axis, held, f"the operands are pending in two ways ({', '.join(map(str, found))})"
             )
         if linear == NONLINEAR or (kind not in (SUM, AVG) and linear != COPY):
-            raise _pending_refusal(
-                call, axis, held, f"{name_of(call)} is not linear, so f(a) + f(b) is not f(a + b)"
-            )
+            raise _pending_refusal(call, axis, held, f"{name_of(call)} is not linear, so f(a) + f(b) is not f(a + b)")
         if linear == PRODUCT and len(held) > 1:
             raise _pending_refusal(
                 call, axis, held, "two operands are pending: a1*b1 + a2*b2 is not (a1 + a2)*(b1 + b2)"
@@ -334,9 +330,7 @@ def _check_whole(call: Call, labels: Sequence[Sequence[Label]], label: Label, di
         )
 
 
-def _output_dim(
-    label: Label, digits: Mapping[Label, DimLayout], fresh: Mapping[Any, int] | None
-) -> DimLayout:
+def _output_dim(label: Label, digits: Mapping[Label, DimLayout], fresh: Mapping[Any, int] | None) -> DimLayout:
     if label is None:
         return ()
     if label in digits:

@@ -33,11 +33,7 @@ def _dims(call: Call) -> list[int]:
 def _outputs(call: Call, dims: Iterable[int]) -> list[Label]:
     dims = set(dims)
     kept: list[Label] = [index if index not in dims else None for index in range(len(call.shape(0)))]
-    return (
-        kept
-        if call.named.get("keepdim")
-        else [label for index, label in enumerate(kept) if index not in dims]
-    )
+    return kept if call.named.get("keepdim") else [label for index, label in enumerate(kept) if index not in dims]
 
 
 @rule(*PARTIAL)
@@ -96,8 +92,7 @@ def along(call: Call) -> Typed:
     dim = int(call.named["dim"]) % rank
     names: list[Label] = list(range(rank))
     out: list[Label] = [
-        "fresh" if index == dim and call.out().shape[dim] != call.shape(0)[dim] else index
-        for index in range(rank)
+        "fresh" if index == dim and call.out().shape[dim] != call.shape(0)[dim] else index for index in range(rank)
     ]
     sizes = {"fresh": call.out().shape[dim]}
     return unify(call, [names], [out for _ in call.node.outputs], whole=[dim], out_sizes=sizes)
@@ -153,8 +148,6 @@ def cross_entropy(call: Call) -> Typed:
             why="masked tokens differ between ranks, so a mean of the ranks' means is not the mean",
             operands=(1,),
             axis=axis,
-            advice=(
-                "return ss.cross_entropy(logits, labels): a sum and its weight, which add up over ranks",
-            ),
+            advice=("return ss.cross_entropy(logits, labels): a sum and its weight, which add up over ranks",),
         )
     return typed

@@ -183,9 +183,5 @@ def _entries(kind: str, table: Mapping[str, str | P], origin: Origin) -> tuple[R
 
 def _merge(old: tuple[Rule, ...], new: tuple[Rule, ...], drop: tuple[str, ...]) -> tuple[Rule, ...]:
     replaced = {rule.pattern: rule for rule in new}
-    kept = [
-        replaced.pop(rule.pattern, rule)
-        for rule in old
-        if rule.pattern not in drop or rule.pattern in replaced
-    ]
+    kept = [replaced.pop(rule.pattern, rule) for rule in old if rule.pattern not in drop or rule.pattern in replaced]
     return (*kept, *replaced.values())

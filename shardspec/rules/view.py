@@ -160,9 +160,7 @@ def permute(call: Call) -> Typed:
 @rule(aten.movedim.int, aten.movedim.intlist)
 def movedim(call: Call) -> Typed:
     """Dims moved to given places."""
-    order = (
-        torch.empty(tuple(range(2, 2 + len(call.shape(0)))), device="meta").movedim(*call.node.args[1:]).shape
-    )
+    order = torch.empty(tuple(range(2, 2 + len(call.shape(0)))), device="meta").movedim(*call.node.args[1:]).shape
     return _moved(call, [length - 2 for length in order])
 
 

@@ -93,9 +93,7 @@ def build_source(model: nn.Module | Callable[[], nn.Module]) -> tuple[nn.Module,
         memo[id(parameter)] = nn.Parameter(
             torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
         )
-    source = {
-        name: tensor.detach() for name, tensor in model.named_parameters() if tensor.device.type != "meta"
-    }
+    source = {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.device.type != "meta"}
     return copy.deepcopy(model, memo), Source(tensors=source)
 
 
@@ -187,9 +185,7 @@ def _fully_shard(
         if unit.modules and any(params[name].storage for name in unit.params):
             children = [module.get_submodule(path) for path in unit.modules]
             reshard = chosen(policy.reshard_after_forward, unit.name)
-            fully_shard(
-                children[0] if len(children) == 1 else children, reshard_after_forward=reshard, **common
-            )
+            fully_shard(children[0] if len(children) == 1 else children, reshard_after_forward=reshard, **common)
     fully_shard(module, **common)
     for child in module.modules():
         if isinstance(child, FSDPModule):

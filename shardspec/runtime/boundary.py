@@ -97,9 +97,7 @@ class _Transition(torch.autograd.Function):
     """Forward runs a point's moves; backward runs the moves that the typing derived for its cotangent."""
 
     @staticmethod
-    def forward(
-        ctx: Any, tensor: Tensor, forward: Sequence[Move], backward: Sequence[Move], fabric: Fabric
-    ) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, forward: Sequence[Move], backward: Sequence[Move], fabric: Fabric) -> Tensor:
         ctx.moves, ctx.fabric = backward, fabric
         return run_moves(tensor, forward, fabric) if forward else tensor.view_as(tensor)
 

@@ -79,11 +79,7 @@ def connect(mesh: Mesh) -> Fabric:
     """
     kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # pyright: ignore[reportOptionalMemberAccess]
     if mesh.world == 1:
-        device = (
-            torch.device(kind, torch.accelerator.current_device_index())
-            if kind != "cpu"
-            else torch.device("cpu")
-        )
+        device = torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else torch.device("cpu")
         alone = DeviceMesh(kind, [0], mesh_dim_names=("dp",), _init_backend=False, _rank=0)
         return Fabric(mesh, device, 0, alone)
     if not dist.is_initialized():
@@ -106,9 +102,7 @@ def connect(mesh: Mesh) -> Fabric:
     backend = dist.get_backend()
     if backend == "gloo":
         kind = "cpu"
-    device = (
-        torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
-    )
+    device = torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
     shape = tuple(mesh.shape.values())
     return Fabric(mesh, device, dist.get_rank(), init_device_mesh(kind, shape, mesh_dim_names=mesh.axes))
 

@@ -68,9 +68,7 @@ def _chunk(rows: Tensor, count: int) -> list[Tensor]:
     return [rows[index * size : (index + 1) * size] for index in range(count)]
 
 
-def _gather_dim(
-    local: Tensor, dim: int, every: list[Tensor], length: int, mesh: DeviceMesh, position: int
-) -> Tensor:
+def _gather_dim(local: Tensor, dim: int, every: list[Tensor], length: int, mesh: DeviceMesh, position: int) -> Tensor:
     longest = max(map(len, every))
     padded = local.new_zeros((*local.shape[:dim], longest, *local.shape[dim + 1 :]))
     padded.narrow(dim, 0, local.shape[dim]).copy_(local)

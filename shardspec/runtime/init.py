@@ -126,9 +126,7 @@ def _event(op: str, args: Args, kwargs: Kwargs, view: _View | None = None) -> _E
 
 # Factories: what they fill a tensor with, None for nothing.
 _FACTORIES: dict[str, Callable[..., _Event | None]] = {
-    **dict.fromkeys(
-        ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"), lambda *_: None
-    ),
+    **dict.fromkeys(("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"), lambda *_: None),
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), lambda *_: _Event("fill", (0.0,))),
     **dict.fromkeys(("ones", "ones_like", "new_ones"), lambda *_: _Event("fill", (1.0,))),
     **dict.fromkeys(("full", "full_like"), lambda _size, value: _Event("fill", (value,))),
@@ -235,9 +233,7 @@ class _Recorder(TorchDispatchMode):
         else:
             self._note_results(func, args, kwargs, _tensors(out), inputs)
 
-    def _note_write(
-        self, op: str, args: Args, kwargs: Kwargs, written: list[Tensor], inputs: list[Tensor]
-    ) -> None:
+    def _note_write(self, op: str, args: Args, kwargs: Kwargs, written: list[Tensor], inputs: list[Tensor]) -> None:
         target: Any = args[0] if args else None
         others = [t for t in inputs if t is not target]
         try:
@@ -302,9 +298,7 @@ class _Recorder(TorchDispatchMode):
             return tensor.item()
         return None
 
-    def _note_results(
-        self, func: Any, args: Args, kwargs: Kwargs, outs: list[Tensor], inputs: list[Tensor]
-    ) -> None:
+    def _note_results(self, func: Any, args: Args, kwargs: Kwargs, outs: list[Tensor], inputs: list[Tensor]) -> None:
         op, shared = func.overloadpacket.__name__, {t.untyped_storage() for t in inputs}
         fresh = [out for out in outs if out.untyped_storage() not in shared]
         for out in fresh:
@@ -410,9 +404,7 @@ def _step(event: _Event, shape: torch.Size, streams: dict[_Event, tuple[str, int
     return Step(op=event.op, args=args, region=region, stream=streams.get(event))
 
 
-def _region(
-    size: tuple[int, ...], stride: tuple[int, ...], offset: int, shape: torch.Size
-) -> tuple[range, ...]:
+def _region(size: tuple[int, ...], stride: tuple[int, ...], offset: int, shape: torch.Size) -> tuple[range, ...]:
     """Return the elements of a row-major tensor of `shape` that a view of its storage holds, dim by dim."""
     first = []
     for whole in strides(shape):

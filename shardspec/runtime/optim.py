@@ -180,9 +180,7 @@ def _build(
                 dense_grads, kernel_scale = _prepare([grads[name] for name in bucket], dtype, scale)
                 flag = None if found_inf is None else found_inf.to(device, non_blocking=True)
                 steps = [count.to(device, non_blocking=True)] * len(bucket)
-                kernel(
-                    dense, dense_grads, dense_slots, steps, _rate(options, step), options, kernel_scale, flag
-                )
+                kernel(dense, dense_grads, dense_slots, steps, _rate(options, step), options, kernel_scale, flag)
                 _copy_back(state, [dense, *dense_slots])
         if found_inf is not None:
             count.sub_(found_inf.to(count.device, non_blocking=True))
@@ -200,9 +198,7 @@ def _merge(defaults: Options, groups: Groups) -> dict[str, Options]:
     """Complete each group's options from the defaults, and refuse options that do not exist."""
     for pattern, options in groups.items():
         for key in options.keys() - defaults.keys():
-            raise ValueError(
-                f"optimizer group {pattern!r}: no option {key!r}; there are {', '.join(defaults)}"
-            )
+            raise ValueError(f"optimizer group {pattern!r}: no option {key!r}; there are {', '.join(defaults)}")
     merged = {pattern: {**defaults, **options} for pattern, options in groups.items()}
     for options in (defaults, *merged.values()):
         if options.get("nesterov") and not options["momentum"]:
@@ -231,9 +227,7 @@ def _buckets(names: Iterable[str], params: Tensors) -> dict[tuple[torch.device, 
     return buckets
 
 
-def _prepare(
-    grads: list[Tensor], dtype: torch.dtype, scale: Tensor | None
-) -> tuple[list[Tensor], Tensor | None]:
+def _prepare(grads: list[Tensor], dtype: torch.dtype, scale: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
     """Return contiguous gradients of the parameters' dtype, and the scale left for the kernel to divide by.
 
     The CPU kernel ignores strides and takes its scale in float32, which float64 must not pass through.

@@ -180,9 +180,7 @@ def strides(shape: Sequence[int]) -> list[int]:
 
 def _open_mesh(spans: Sequence[Tensor]) -> list[Tensor]:
     """Reshape each dim's indices so that together they broadcast to the block."""
-    return [
-        span.reshape([-1 if d == dim else 1 for d in range(len(spans))]) for dim, span in enumerate(spans)
-    ]
+    return [span.reshape([-1 if d == dim else 1 for d in range(len(spans))]) for dim, span in enumerate(spans)]
 
 
 def _blocks(sizes: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:

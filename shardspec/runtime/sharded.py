@@ -11,19 +11,22 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Replicate
 
-from shardspec.compiler import Compiler, Model, batch_key, settle, survey
+from shardspec.batch import batch_key, check_rows
+from shardspec.claims import survey
+from shardspec.compiler import Compiler, settle
 from shardspec.diagnostics import Diagnostic, refuse
 from shardspec.mesh import BATCH_AXES, Mesh, degree
 from shardspec.placement import local_index, stored_shape
 from shardspec.plan import ActivationPlan, Plan
 from shardspec.policy import Policy
-from shardspec.runtime.apply import LocalModel, Source, apply, build_source, local_part
+from shardspec.runtime.apply import LocalModel, apply, build_source, local_part
 from shardspec.runtime.attach import Wiring, attach
 from shardspec.runtime.fabric import Fabric, connect
 from shardspec.runtime.gather import gather
 from shardspec.runtime.init import NotReplayable, materialise
 from shardspec.runtime.optim import Optimizer
 from shardspec.runtime.state import OptState, Specs, Store, TrainState
+from shardspec.stages import Model
 from shardspec.torch_private import local_of, make_spec
 
 LossFn = Callable[[Any, dict[str, Any]], tuple[Any, Any]]
@@ -58,20 +61,14 @@ class Sharded:
     @property
     def key(self) -> str:
         """What two shardings share if a state of the one fits the other."""
-        placed = sorted(
-            (name, str(plan.layout), plan.storage, plan.storage_dim) for name, plan in self.params.items()
-        )
+        placed = sorted((name, str(plan.layout), plan.storage, plan.storage_dim) for name, plan in self.params.items())
         return f"{self.mesh}:{hash(tuple(map(str, placed))) & 0xFFFFFFFF:08x}"
 
     def _agree(self) -> None:
         """Every rank must have compiled the same plan, before anything is touched."""
         if self.mesh.world == 1:
             return
-        mine = (
-            self.plan.hash
-            if self.plan is not None
-            else str(sorted((n, str(p)) for n, p in self.params.items()))
-        )
+        mine = self.plan.hash if self.plan is not None else str(sorted((n, str(p)) for n, p in self.params.items()))
         every: list[Any] = [None] * self.mesh.world
         dist.all_gather_object(every, mine)
         if len(set(every)) > 1:
@@ -146,13 +143,7 @@ class Sharded:
         place, mesh = self.fabric.coordinate, self.mesh
         if count == 1 or entry.batch_dim is None:
             return local_part(item, entry.layout, place, mesh)
-        rows, share = item.shape[entry.batch_dim], count * degree(mesh, BATCH_AXES)
-        if rows % share:
-            refuse(
-                "SS301",
-                f"a batch of {rows} cannot be cut into {count} microbatches on this mesh",
-                why=f"{count} microbatches x {share // count} data ranks = {share}, which does not divide {rows}",
-            )
+        check_rows(item.shape[entry.batch_dim], count, degree(mesh, BATCH_AXES), entry.name)
         layout = entry.microbatch(count)
         return torch.cat(
             [local_part(chunk, layout, place, mesh) for chunk in item.chunk(count, entry.batch_dim)],
@@ -194,9 +185,7 @@ class Sharded:
             try:
                 locals_[name] = self._initial(name, seed, init or {})
             except (NotReplayable, LookupError) as error:
-                problems.append(
-                    _no_value(name, str(error.args[-1] if isinstance(error, LookupError) else error))
-                )
+                problems.append(_no_value(name, str(error.args[-1] if isinstance(error, LookupError) else error)))
         settle([*problems, *self._hollow_buffers()])
         return self.state(locals_, optimizer, seed)
 
@@ -230,9 +219,7 @@ class Sharded:
             if buffer.device.type == "meta"
         ]
 
-    def load(
-        self, state_dict: Mapping[str, Tensor], optimizer: Optimizer | None = None, seed: int = 0
-    ) -> TrainState:
+    def load(self, state_dict: Mapping[str, Tensor], optimizer: Optimizer | None = None, seed: int = 0) -> TrainState:
         """A state with given weights: whole tensors (or DTensors) by name; `init` uses them from then on.
 
         Raises:
@@ -253,9 +240,7 @@ class Sharded:
 
     def _tied(self, name: str, state_dict: Mapping[str, Tensor]) -> Tensor:
         return next(
-            state_dict[other]
-            for other, plan in self.params.items()
-            if plan.first == name and other in state_dict
+            state_dict[other] for other, plan in self.params.items() if plan.first == name and other in state_dict
         )
 
     def _misfits(self, state_dict: Mapping[str, Tensor]) -> list[Diagnostic]:
@@ -269,9 +254,7 @@ class Sharded:
         for name, tensor in state_dict.items():
             plan = self.params.get(name)
             if plan is None:
-                found.append(
-                    Diagnostic(code="SS404", what=f"the state dict has {name}, which the model does not")
-                )
+                found.append(Diagnostic(code="SS404", what=f"the state dict has {name}, which the model does not"))
             elif tuple(tensor.shape) != plan.shape:
                 found.append(
                     Diagnostic(
@@ -281,9 +264,7 @@ class Sharded:
                 )
             elif str(tensor.dtype).removeprefix("torch.") != plan.dtype:
                 found.append(
-                    Diagnostic(
-                        code="SS404", what=f"{name} is {tensor.dtype}, the model's is torch.{plan.dtype}"
-                    )
+                    Diagnostic(code="SS404", what=f"{name} is {tensor.dtype}, the model's is torch.{plan.dtype}")
                 )
         return found
 

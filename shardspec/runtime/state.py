@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
-import torch
 from attrs import define, field, frozen
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -25,9 +24,7 @@ class _Donated(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        raise DonatedError(
-            f"{func} reads a tensor of a state that a step has consumed; use the state that it returned"
-        )
+        raise DonatedError(f"{func} reads a tensor of a state that a step has consumed; use the state that it returned")
 
 
 @define(eq=False)
@@ -119,9 +116,7 @@ class TrainState:
     """The `Sharded` that made it: static."""
     held: _Held = field(repr=False)
 
-    def __init__(
-        self, *, step: int, rng: int, home: Any, params: Store, buffers: Store, opt: OptState | None
-    ) -> None:
+    def __init__(self, *, step: int, rng: int, home: Any, params: Store, buffers: Store, opt: OptState | None) -> None:
         self.__attrs_init__(step, rng, home, _Held(params, buffers, opt))  # pyright: ignore[reportAttributeAccessIssue]
 
     def live(self) -> _Held:

@@ -70,9 +70,7 @@ def coalesced_all_reduce(tensors: Sequence[Tensor], group: dist.ProcessGroup) ->
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat, group=group)
     parts = flat.split([tensor.numel() for tensor in tensors])
-    foreach_copy_(
-        list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
-    )
+    foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 def sharing_degree(sharded: Sharded, plan: ParamPlan) -> int:
@@ -255,8 +253,7 @@ def value_and_grad(sharded: Sharded, loss_fn: LossFn) -> Callable[..., Any]:
         weight = weight.clamp(min=1.0) if _counts(sums) else weight
         sharded.local.clear_gradients()
         scaled = {
-            name: view_as_dtensor(grad / weight.to(grad.dtype), sharded.specs[name])
-            for name, grad in grads.items()
+            name: view_as_dtensor(grad / weight.to(grad.dtype), sharded.specs[name]) for name, grad in grads.items()
         }
         loss = total / weight
         return (loss, {"loss": loss, "weight": weight}), scaled

@@ -41,9 +41,7 @@ def cross_entropy_sharded(
     return _ShardedCrossEntropy.apply(logits, labels, first, group, ignore_index), weight
 
 
-def embedding_sharded(
-    weight: Tensor, ids: Tensor, first: int, size_V: int, padding_idx: int | None = None
-) -> Tensor:
+def embedding_sharded(weight: Tensor, ids: Tensor, first: int, size_V: int, padding_idx: int | None = None) -> Tensor:
     """Look up ids [...] in rows [first, first + v) of a table of size_V rows: this rank's share [..., D].
 
     weight [v, D]. Rows of ids that other ranks own are zero, so that the result is pending-sum; its

@@ -1,16 +1,10 @@
 """Sharded training computes what the plain program computes, on every mesh of up to 8 ranks."""
 
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-import attrs
 import pytest
-import torch
-from torch import Tensor, nn
 
-import shardspec as ss
-from tests.distributed import parity
 from tests.distributed.harness import run_ranks
 from tests.distributed.parity import TOLERANCE, Case, all_meshes, on_rank
 

@@ -1,0 +1,112 @@
+"""A batch before it runs: what decides its program, its entries' layouts, its microbatches."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from shardspec.diagnostics import Diagnostic, Location, refuse
+from shardspec.lower import entry_plan
+from shardspec.mesh import BATCH_AXES, Mesh, degree
+from shardspec.plan import ActivationPlan
+from shardspec.rules.fit import check_rank, dims_of, layout_of
+from shardspec.rules.match import assign
+from shardspec.rules.parse import Table
+from shardspec.stages import Survey
+from shardspec.tracing import HostRead, required_arguments
+
+Batch = Mapping[str, Any]
+
+
+def batch_key(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What of a batch decides its program: names, shapes, dtypes, and what is no tensor."""
+    return tuple(
+        (name, tuple(item.shape), item.dtype) if isinstance(item, torch.Tensor) else (name, repr(item))
+        for name, item in inputs.items()
+    )
+
+
+def check_inputs(inputs: Mapping[str, Any], names: Survey) -> None:
+    """SS401 for a batch that forward cannot be called with."""
+    missing = [name for name in required_arguments(names.model) if name not in inputs]
+    if missing:
+        refuse(
+            "SS401",
+            f"the batch has no entry {missing[0]}, which forward needs",
+            why=f"forward takes ({', '.join(names.arguments)}); the batch has ({', '.join(inputs)})",
+        )
+
+
+def host_read(error: HostRead) -> Diagnostic:
+    """SS313 for Python that depends on a tensor's value."""
+    return Diagnostic(
+        code="SS313",
+        what=str(error),
+        why="what Python decides by a value of the batch may differ from rank to rank",
+        locations=(Location(file=error.file, line=error.line),),
+    )
+
+
+def entry_plans(
+    table: Table, known: Mapping[str, int], mesh: Mesh, batch: Batch
+) -> tuple[dict[str, ActivationPlan], list[Diagnostic]]:
+    """The plans of a global batch's entries; SS202 for one that no rule claims, SS205 and SS301 for one that does
+    not fit."""
+    shapes = {name: tuple(item.shape) for name, item in batch.items() if isinstance(item, torch.Tensor)}
+    claimed, found = assign(table.activations, shapes, total=True, what="batch entry", alive=lambda _: True)
+    plans: dict[str, ActivationPlan] = {}
+    for name, entry in claimed.items():
+        problem = check_rank(entry, name, shapes[name])
+        if problem is None:
+            layout, _, problem = layout_of(entry, name, shapes[name], known, mesh, storage=False)
+            plans[name] = entry_plan(name, entry, layout, str(batch[name].dtype))
+        found += [problem] if problem else []
+    return plans, found
+
+
+def global_shapes(table: Table, mesh: Mesh, batch: Batch) -> dict[str, Any]:
+    """The whole batch that a local one is a part of, on meta."""
+    whole: dict[str, Any] = {}
+    for name, item in batch.items():
+        entry = next((entry for entry in table.activations if entry.regex.fullmatch(name)), None)
+        if not isinstance(item, torch.Tensor) or entry is None or len(entry.spec.dims) > item.ndim:
+            whole[name] = item
+            continue
+        dims = dims_of(entry.spec, item.ndim)
+        shape = [length * degree(mesh, dim.all_axes) for length, dim in zip(item.shape, dims, strict=False)]
+        whole[name] = torch.empty(shape, dtype=item.dtype, device="meta")
+    return whole
+
+
+def microbatch_shapes(table: Table, mesh: Mesh, batch: Batch, count: int) -> dict[str, Any]:
+    """One of `count` microbatches of a global batch, on meta.
+
+    Raises:
+        ShardingError: SS301 where the rows cannot be cut so.
+    """
+    if count == 1:
+        return dict(batch)
+    part: dict[str, Any] = {}
+    for name, item in batch.items():
+        entry = next((entry for entry in table.activations if entry.regex.fullmatch(name)), None)
+        if not isinstance(item, torch.Tensor) or entry is None or len(entry.spec.dims) > item.ndim:
+            part[name] = item
+            continue
+        dims = dims_of(entry.spec, item.ndim)
+        at = next((i for i, dim in enumerate(dims) if any(axis in BATCH_AXES for axis in dim.all_axes)), None)
+        shape = list(item.shape)
+        if at is not None:
+            check_rows(shape[at], count, degree(mesh, dims[at].all_axes), name)
+            shape[at] //= count
+        part[name] = torch.empty(shape, dtype=item.dtype, device="meta")
+    return part
+
+
+def check_rows(rows: int, count: int, share: int, name: str) -> None:
+    """SS301 for rows that microbatches and data ranks do not divide."""
+    if rows % (count * share):
+        refuse(
+            "SS301",
+            f"{name}: {rows} rows cannot be cut into {count} microbatches on this mesh",
+            why=f"{count} microbatches x {share} data ranks = {count * share}, which does not divide {rows}",
+        )

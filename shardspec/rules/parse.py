@@ -1,0 +1,178 @@
+"""Parse a table: compile its patterns, read its specs, and refuse axes that stand where they cannot."""
+
+import difflib
+import re
+from collections.abc import Iterator
+
+import torch
+from attrs import define, field, frozen
+
+from shardspec.diagnostics import Diagnostic, Location
+from shardspec.layout import Layout
+from shardspec.mesh import AXES
+from shardspec.rules.table import Rule, Rules
+from shardspec.spec import P, Spec, SpecError, parse
+
+STORAGE_AXES = ("fsdp", "ep", "cp")
+"""Axes that divide how a parameter is stored; its rows are gathered before it is used."""
+
+
+@frozen(eq=False)
+class Entry:
+    """A rule with its pattern compiled and its spec parsed."""
+
+    rule: Rule
+    regex: re.Pattern[str]
+    spec: Spec
+
+    @property
+    def location(self) -> Location:
+        return self.rule.location
+
+
+@frozen(eq=False)
+class MeshEdit:
+    """Other sizes of one axis that may mend a mistake."""
+
+    axis: str
+    degrees: tuple[int, ...]
+
+
+@frozen(eq=False)
+class Table:
+    """A parsed table."""
+
+    rules: Rules
+    params: tuple[Entry, ...]
+    activations: tuple[Entry, ...]
+
+
+@frozen
+class Storage:
+    """How a parameter's local rows are divided further: a dim, and axes major to minor."""
+
+    dim: int = 0
+    axes: tuple[str, ...] = ()
+
+
+@frozen(eq=False)
+class ParamClaim:
+    """A parameter or buffer with its rule and what the rule says."""
+
+    fqn: str
+    entry: Entry
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_buffer: bool
+    layout: Layout
+    """As compute sees it: gathered over the storage axes."""
+    storage: Storage
+    requires_grad: bool = True
+
+
+@define(eq=False)
+class Sizes:
+    """The size of each factor of a table, and where it was first seen."""
+
+    known: dict[str, int] = field(factory=dict)
+    place: dict[str, tuple[str, Location | None]] = field(factory=dict)
+
+
+def parse_table(rules: Rules) -> tuple[Table, list[Diagnostic]]:
+    """Compile patterns and parse specs; SS103 for what cannot be read, SS207 to SS209 for axes out of place."""
+    found: list[Diagnostic] = []
+    entries: dict[str, list[Entry]] = {"params": [], "activations": []}
+    for rule in rules.rules:
+        try:
+            regex = re.compile(rule.pattern)
+            spec = rule.value.spec() if isinstance(rule.value, P) else parse(rule.value)
+        except re.error as error:
+            found.append(Diagnostic(code="SS103", what=f"pattern cannot be read: {error}", locations=(rule.location,)))
+            continue
+        except SpecError as error:
+            found.append(_bad_spec(rule, str(error)))
+            continue
+        problems = list(_check_axes(rule, spec))
+        found += problems
+        if not problems:
+            entries[rule.kind].append(Entry(rule, regex, spec))
+    return Table(rules, tuple(entries["params"]), tuple(entries["activations"])), found
+
+
+def _bad_spec(rule: Rule, message: str) -> Diagnostic:
+    advice: tuple[str, ...] = ()
+    axis = re.search(r"unknown mesh axis '(\w+)'", message)
+    if axis:
+        near = difflib.get_close_matches(axis.group(1), AXES, n=1, cutoff=0.3)
+        advice = (f"did you mean {near[0]}?",) if near else ()
+    return Diagnostic(code="SS103", what=f"spec cannot be read: {message}", locations=(rule.location,), advice=advice)
+
+
+def _check_axes(rule: Rule, spec: Spec) -> Iterator[Diagnostic]:
+    for axis in sorted({axis for axis in spec.axes if spec.axes.count(axis) > 1}):
+        yield Diagnostic(
+            code="SS207",
+            what=f"{axis} stands twice in one tensor",
+            why=f"an axis splits one factor of a tensor; here it stands {spec.axes.count(axis)} times",
+            locations=(rule.location,),
+        )
+    forbidden = {"params": ("dp", "pp"), "activations": ("pp",)}[rule.kind]
+    for axis in forbidden:
+        if axis in spec.axes:
+            reason = {
+                "dp": "the ranks of dp are replicas; to split a parameter's storage over data ranks, write fsdp",
+                "pp": "pp is never written: it comes from pipeline=",
+            }[axis]
+            what = "a parameter" if rule.kind == "params" else "an activation"
+            yield Diagnostic(code="SS208", what=f"{axis} on {what}", why=reason, locations=(rule.location,))
+    if rule.kind == "params":
+        yield from _check_storage(rule, spec)
+
+
+def _check_storage(rule: Rule, spec: Spec) -> Iterator[Diagnostic]:
+    if spec.ellipsis is not None:
+        yield Diagnostic(
+            code="SS205",
+            what="'...' in a parameter's spec",
+            why="every dim of a parameter is named",
+            locations=(rule.location,),
+        )
+    stored = [dim for dim in spec.dims if any(axis in STORAGE_AXES for axis in dim.all_axes)]
+    if len(stored) > 1:
+        yield Diagnostic(
+            code="SS209",
+            what="storage axes on two dims of one parameter",
+            why=f"{' and '.join(map(str, stored))}: a parameter is stored in slices along one dim",
+            locations=(rule.location,),
+        )
+    for dim in stored:
+        axes = dim.all_axes
+        kinds = [axis in STORAGE_AXES for axis in axes]
+        inner = [axis for factor in dim.factors for axis in factor.axes if axis in STORAGE_AXES]
+        if kinds != sorted(kinds):
+            right = [axis for axis in axes if axis not in STORAGE_AXES] + [
+                axis for axis in axes if axis in STORAGE_AXES
+            ]
+            yield Diagnostic(
+                code="SS209",
+                what=f"{axes[0]} before {right[0]} on one dim: storage is split after compute",
+                why=f"fully_shard divides the rows that {right[0]} left: they lie {', then '.join(right)}",
+                locations=(rule.location,),
+                advice=(f"write @({','.join(right)})",),
+            )
+        elif inner and len(dim.factors) > 1:
+            yield Diagnostic(
+                code="SS209",
+                what=f"{inner[0]} inside a group: storage divides the whole dim",
+                why=f"fully_shard cuts the rows of {dim} in consecutive slices and knows no factor",
+                locations=(rule.location,),
+                advice=("put the storage axis on the group: (...)@" + inner[0],),
+            )
+    for axis in spec.pending:
+        if axis in STORAGE_AXES:
+            yield Diagnostic(
+                code="SS208",
+                what=f"+{axis} on a parameter",
+                why=f"{axis} only stores",
+                locations=(rule.location,),
+            )

@@ -1,0 +1,52 @@
+"""Type a program, forward and backward."""
+
+from typing import Any
+
+from shardspec.cotangent import Cotangents
+from shardspec.diagnostics import Diagnostic
+from shardspec.explain import explain_conflicts, explain_issues
+from shardspec.infer import Inference
+from shardspec.layout import Layout
+from shardspec.mesh import Mesh
+from shardspec.program import Program, Ref, tensors
+from shardspec.rules import attention, contraction, index, loss, pointwise, reduction, view
+from shardspec.rules.fit import layout_of
+from shardspec.rules.parse import Entry
+from shardspec.stages import Claims, TypedProgram
+
+OPERATOR_FAMILIES = (attention, contraction, index, loss, pointwise, reduction, view)
+"""Importing a family registers its rules."""
+
+
+def typecheck(program: Program, claims: Claims, mesh: Mesh, *, has_loss: bool) -> TypedProgram:
+    """Type a program forward and backward; what is wrong is in `.diagnostics`."""
+    uneven: dict[Any, Diagnostic] = {}
+    cache: dict[Any, Layout | None] = {}
+
+    def declared(entry: Entry, name: str, shape: tuple[int, ...]) -> Layout | None:
+        key = (entry, shape)
+        if key not in cache:
+            layout, _, problem = layout_of(entry, name, shape, claims.sizes.known, mesh, storage=False)
+            if problem:
+                uneven[key] = problem
+            cache[key] = None if problem else layout
+        return cache[key]
+
+    inference = Inference(mesh.shape, claims.params, claims.points, declared)
+    forward = inference.program(program)
+    cotangents = Cotangents(inference)
+    seeds = [ref.index for ref in _seeds(program, has_loss) if forward.types[ref.index] is not None]
+    backward = cotangents.program(forward, seeds)
+    typed = TypedProgram(program, claims, mesh, forward, backward, inference)
+    typed.diagnostics += uneven.values()
+    typed.diagnostics += explain_issues(inference, claims)
+    if not inference.issues:
+        typed.diagnostics += explain_conflicts(cotangents.conflicts, inference, claims)
+    return typed
+
+
+def _seeds(program: Program, has_loss: bool) -> list[Ref]:
+    """The values whose cotangents start complete: the loss's sum, or forward's outputs where no loss is known."""
+    if has_loss and isinstance(program.result, (tuple, list)):
+        return tensors(program.result[:1])
+    return [Ref(index) for index in program.outputs]
