@@ -13,7 +13,8 @@ from shardspec.rules.fit import check_rank, dims_of, layout_of
 from shardspec.rules.match import assign
 from shardspec.rules.parse import Table
 from shardspec.stages import Survey
-from shardspec.tracing import HostRead, required_arguments
+from shardspec.tracing import HostRead
+from shardspec.twin import required_arguments
 
 Batch = Mapping[str, Any]
 

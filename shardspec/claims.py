@@ -14,7 +14,7 @@ from shardspec.rules.fit import check_rank, layout_of, learn_sizes
 from shardspec.rules.match import assign, idle_batch_axes
 from shardspec.rules.parse import Entry, ParamClaim, Sizes, Table
 from shardspec.stages import Model, Parameter, Survey
-from shardspec.tracing import forward_arguments
+from shardspec.twin import forward_arguments
 
 
 def survey(model: Model) -> Survey:

@@ -17,11 +17,12 @@ from shardspec.mesh import AXES, Mesh
 from shardspec.plan import ActivationPlan, ParamPlan, Plan, UnitPlan
 from shardspec.policy import Policy
 from shardspec.program import Program
+from shardspec.recording import trace
 from shardspec.rules.match import unused_axes
 from shardspec.rules.parse import Table, parse_table
 from shardspec.rules.table import Rules
 from shardspec.stages import Claims, Model, Survey, TypedProgram
-from shardspec.tracing import HostRead, trace
+from shardspec.tracing import HostRead
 from shardspec.typecheck import typecheck
 from shardspec.units import resolve_attributes, resolve_units
 

@@ -14,9 +14,11 @@ from torch import nn
 from shardspec.diagnostics import Diagnostic
 from shardspec.infer import TypedGraph, absolute
 from shardspec.layout import Layout
+from shardspec.nests import distinct, tensor_leaves
 from shardspec.program import Graph, Node, Program, Ref, Value, substitute, tensors
 from shardspec.rules.operator import Type, named_arguments
-from shardspec.tracing import HostRead, Tracer, distinct, run, tensor_leaves, twin, user_frame
+from shardspec.tracing import HostRead, Tracer, run, user_frame
+from shardspec.twin import twin
 
 SILENT = frozenset({"detach", "clone", "contiguous", "alias", "lift_fresh"})
 """Operators whose presence may differ: they copy or rename."""

@@ -1,5 +1,6 @@
 """The only file that imports torch's private names; each with what it is for."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ OpOverload = torch._ops.OpOverload
 
 disabled_torch_function = torch._C._disabled_torch_function_impl
 """The `__torch_function__` of a tensor subclass that wants none."""
+
+make_wrapper_subclass = Tensor._make_wrapper_subclass
+"""Makes a tensor of a subclass that has a shape and no storage of its own."""
 
 set_grad_enabled = torch._C._set_grad_enabled
 """Switches gradients on even where `torch.set_grad_enabled` would be recorded by a mode."""
@@ -66,6 +70,13 @@ def local_of(tensor: Tensor) -> Tensor:
 def replace_local(tensor: DTensor, local: Tensor) -> None:
     """Put another local tensor under a DTensor."""
     tensor._local_tensor = local
+
+
+def replace_trunc_normal(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Put another function under `nn.init.trunc_normal_`, and give back the one that was there."""
+    old = nn.init._no_grad_trunc_normal_
+    nn.init._no_grad_trunc_normal_ = function
+    return old
 
 
 def fsdp_records(root: nn.Module) -> dict[str, Any]:

@@ -2,13 +2,11 @@
 
 import copy
 import functools
-import inspect
 import os
 import sys
 import traceback
-import types
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,18 +17,16 @@ from torch.overrides import TorchFunctionMode
 from shardspec import functional
 from shardspec.aliasing import Aliases, writes
 from shardspec.diagnostics import Location
-from shardspec.program import Block, BlockCall, Graph, Node, Program, Ref, Value, tensors
+from shardspec.nests import distinct, tensor_leaves
+from shardspec.program import Block, Graph, Node, Program, Ref, Value, tensors
 from shardspec.rules.operator import RULES
 from shardspec.torch_private import OpOverload, TorchDispatchMode, set_grad_enabled
+from shardspec.twin import argument_names, forward_arguments, like, named_tensors
 
 aten = torch.ops.aten
 
 CONSTANT_LIMIT = 1 << 16
 """Integer tensors of up to this many elements that derive from constants are also computed on the CPU."""
-
-MODULE_STATE = frozenset(name for name in nn.Module().__dict__ if name.startswith("_") or name == "training") | {
-    "forward"
-}
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
@@ -42,69 +38,6 @@ class HostRead(Exception):
     def __init__(self, message: str) -> None:
         self.file, self.line = user_line()
         super().__init__(message)
-
-
-def twin(model: nn.Module, place: Callable[[str, torch.Tensor], torch.Tensor]) -> nn.Module:
-    """A structural copy of a module tree with other tensors: same classes and attributes, nothing shared that
-    a forward could change.
-
-    Args:
-        model: the tree to copy; it is only read.
-        place: (FQN, tensor) -> the tensor that stands for it; asked once a tensor, under its first name.
-    """
-    made: dict[int, Any] = {}
-
-    def tensor(name: str, value: torch.Tensor | None) -> torch.Tensor | None:
-        if value is None:
-            return None
-        if id(value) not in made:
-            made[id(value)] = place(name, value)
-        return made[id(value)]
-
-    def build(module: nn.Module, prefix: str) -> nn.Module:
-        if id(module) in made:
-            return made[id(module)]
-        new = module.__class__.__new__(module.__class__)
-        made[id(module)] = new
-        state = new.__dict__
-        state.update(module.__dict__)
-        state["_parameters"] = {name: tensor(prefix + name, value) for name, value in module._parameters.items()}
-        state["_buffers"] = {name: tensor(prefix + name, value) for name, value in module._buffers.items()}
-        state["_modules"] = {
-            name: None if child is None else build(child, f"{prefix}{name}.") for name, child in module._modules.items()
-        }
-        return new
-
-    root = build(model, "")
-    for new in root.modules():
-        for name, value in new.__dict__.items():
-            if name not in MODULE_STATE:
-                new.__dict__[name] = _redirect(value, made)
-    return root
-
-
-def _redirect(value: Any, made: dict[int, Any]) -> Any:
-    """An attribute that holds modules or tensors of the old tree, holding those of the new one."""
-    if isinstance(value, (str, int, float, bool, type(None))):
-        return value
-    if id(value) in made and isinstance(value, (nn.Module, torch.Tensor)):
-        return made[id(value)]
-    if isinstance(value, types.MethodType) and id(value.__self__) in made:
-        return types.MethodType(value.__func__, made[id(value.__self__)])
-    if (type(value) is list or type(value) is tuple) and any(id(item) in made for item in value):
-        return type(value)(_redirect(item, made) for item in value)
-    if type(value) is dict and any(id(item) in made for item in value.values()):
-        return {key: _redirect(item, made) for key, item in value.items()}
-    return copy.copy(value) if type(value) in (list, dict, set) else value
-
-
-def to_meta(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor without its values."""
-    del name
-    if tensor.device.type == "meta":
-        return tensor
-    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return nn.Parameter(meta, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
 
 
 @define(slots=True, eq=False)
@@ -401,7 +334,7 @@ class Tracer(TorchDispatchMode):
         """Run a block's forward into a graph of its own; give the graph, the tensors that entered, and the result."""
         block = Block(first=fqn)
         names: dict[int, str] = {}
-        for name, tensor in _named_tensors(module):
+        for name, tensor in named_tensors(module):
             names.setdefault(id(tensor), name)
         entered = distinct(tensor_leaves((args, kwargs)))
         outer, self.path = self.path, ""
@@ -420,243 +353,6 @@ class Tracer(TorchDispatchMode):
             self.path = outer
         entered = [tensor for tensor in entered if id(tensor) not in names]
         return block, entered + captured, out
-
-
-class Recorder(Tracer):
-    """Records the global program: points are kept with their names, repeated blocks are run once and called."""
-
-    def __init__(self, graph: Program, model: nn.Module) -> None:
-        super().__init__(graph, model)
-        self.recorded: dict[type, list[_Recorded]] = {}
-        self.first_names: dict[int, str] = {}
-        for name, tensor in _named_tensors(model):
-            self.first_names.setdefault(id(tensor), name)
-        self.frames[0].params = self.first_names
-        self.watched: dict[type, type] = {}
-        self.reads: list[tuple[nn.Module, str]] = []
-
-    def point(self, names: tuple[str, ...], tensor: torch.Tensor) -> torch.Tensor:
-        return self.append_point(names, tensor, self.fresh(tensor))
-
-    def block(self, module: nn.Module, fqn: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        structure = _structure((args, kwargs))
-        for known in self.recorded.get(self._kind(module), ()):
-            if known.inputs == structure and self._same(known, module, fqn):
-                if known.reads and len(self.frames) > 1:
-                    modules = dict(module.named_modules())
-                    self.reads.extend((modules[path], name) for path, name in known.reads)
-                return self._again(known, fqn, args, kwargs)
-        return self._record_block(module, fqn, forward, args, kwargs, structure)
-
-    def _record_block(
-        self, module: nn.Module, fqn: str, forward: Callable[..., Any], args: Any, kwargs: Any, structure: Any
-    ) -> Any:
-        before = _attributes(module)
-        shape = self._shape(module, fqn)
-        outer, self.reads = self.reads, []
-        restore = self._watch(module)
-        try:
-            block, entered, out = self.in_block(module, fqn, forward, args, kwargs)
-        finally:
-            for watched, kind in restore:
-                watched.__class__ = kind
-            reads, self.reads = self.reads, outer
-            outer.extend(reads)
-        paths = {id(child): path for path, child in module.named_modules()}
-        read = {
-            (paths[id(child)], name): child.__dict__[name]
-            for child, name in reads
-            if id(child) in paths and name in child.__dict__ and name != "forward"
-        }
-        block.outputs = [ref.index for ref in tensors(self.result_refs)]
-        # A forward that writes to its module or to its arguments does not do the same thing twice.
-        pure = _attributes(module) == before and _structure((args, kwargs)) == structure
-        plain = not any(id(tensor) in self.frame.ids for tensor in tensor_leaves(out))
-        closed = len(entered) == len(distinct(tensor_leaves((args, kwargs))))
-        if pure and plain and closed:
-            known = _Recorded(block, shape, read, structure, out)
-            self.recorded.setdefault(self._kind(module), []).append(known)
-        return self._call(block, fqn, entered, out)
-
-    def _call(self, block: Block, fqn: str, entered: list[torch.Tensor], out: Any) -> Any:
-        file, line = user_line()
-        graph = self.frame.graph
-        args = tuple(Ref(self.value_of(tensor)) for tensor in entered)
-        outputs: list[int | None] = []
-        for tensor, index in zip(tensor_leaves(out), block.outputs, strict=True):
-            found = block.values[index]
-            outputs.append(self.enter(tensor, Value(found.shape, found.dtype)))
-        relative = fqn[len(self.frame.prefix) :]
-        call = BlockCall(block, relative)
-        node = Node(
-            "block",
-            call,
-            args,
-            {},
-            tuple(outputs),
-            self.path,
-            file,
-            line,
-            torch.is_grad_enabled(),
-            self.refs(out),
-        )
-        graph.nodes.append(node)
-        return out
-
-    def _again(self, known: "_Recorded", fqn: str, args: Any, kwargs: Any) -> Any:
-        fresh = {id(tensor): self.fresh(tensor) for tensor in tensor_leaves(known.result)}
-        out = replace_tensors(known.result, lambda tensor: fresh[id(tensor)])
-        return self._call(known.block, fqn, distinct(tensor_leaves((args, kwargs))), out)
-
-    def _same(self, known: "_Recorded", module: nn.Module, fqn: str) -> bool:
-        if known.shape != self._shape(module, fqn):
-            return False
-        modules = dict(module.named_modules()) if known.reads else {}
-        return all(_equal(modules[path].__dict__.get(name), value) for (path, name), value in known.reads.items())
-
-    def _shape(self, module: nn.Module, fqn: str) -> Any:
-        """The class tree with what is registered in it: two blocks with equal shapes run the same code."""
-        prefix = fqn + "."
-        seen: dict[int, int] = {}
-        parts: list[Any] = []
-
-        def visit(child: nn.Module, path: str) -> None:
-            state = child.__dict__
-            hooks = tuple(state["_forward_pre_hooks"].values()) + tuple(state["_forward_hooks"].values())
-            parts.append((path, self._kind(child), state["training"], hooks))
-            for kept in (state["_parameters"], state["_buffers"]):
-                for name, tensor in kept.items():
-                    if tensor is None:
-                        parts.append((name, None))
-                        continue
-                    first = self.first_names[id(tensor)]
-                    inside = seen.setdefault(id(tensor), len(seen))
-                    home = inside if first.startswith(prefix) else first
-                    parts.append((name, tensor.shape, tensor.dtype, tensor.requires_grad, home))
-            for name, grandchild in state["_modules"].items():
-                if grandchild is not None:
-                    visit(grandchild, f"{path}.{name}")
-
-        visit(module, "")
-        return parts
-
-    def _watch(self, module: nn.Module) -> list[tuple[nn.Module, type]]:
-        """Have every module of a block note the attributes that are read from it."""
-        restore: list[tuple[nn.Module, type]] = []
-        for child in module.modules():
-            kind = type(child)
-            if kind in self.watched:
-                continue
-            restore.append((child, kind))
-            child.__class__ = self._watcher(kind)
-        return restore
-
-    def _kind(self, module: nn.Module) -> type:
-        """The module's own class, also while it is watched."""
-        return self.watched.get(type(module), type(module))
-
-    def _watcher(self, kind: type) -> type:
-        for watcher, watched in self.watched.items():
-            if watched is kind:
-                return watcher
-        tracer = self
-        inherited: Any = kind.__getattribute__
-
-        def getter(self: Any, name: str) -> Any:
-            if (
-                not name.startswith("__")
-                and name not in MODULE_STATE
-                and name in object.__getattribute__(self, "__dict__")
-            ):
-                tracer.reads.append((self, name))
-            return inherited(self, name)
-
-        body = {"__getattribute__": getter, "__module__": kind.__module__}
-        watcher = types.new_class(kind.__name__, (kind,), exec_body=lambda space: space.update(body))
-        self.watched[watcher] = kind
-        return watcher
-
-
-@define(slots=True, eq=False)
-class _Recorded:
-    """A block that was run once, and what a later module must share with it to be the same."""
-
-    block: Block
-    shape: Any
-    reads: dict[tuple[str, str], Any]
-    """(path in the block, attribute) -> value, for the attributes that forward read."""
-    inputs: Any
-    result: Any
-
-
-def _equal(one: Any, two: Any) -> bool:
-    if one is two:
-        return True
-    plain = (bool, int, float, str, tuple, torch.dtype, torch.device, frozenset)
-    return type(one) is type(two) and isinstance(one, plain) and one == two
-
-
-def _attributes(module: nn.Module) -> list[tuple[str, int]]:
-    return [(name, id(value)) for child in module.modules() for name, value in child.__dict__.items()]
-
-
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
-
-
-def like(tensor: torch.Tensor) -> torch.Tensor:
-    """Another meta tensor of the same shape, strides and dtype."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-def tensor_leaves(tree: Any) -> list[torch.Tensor]:
-    """The tensors in a nest of tuples, lists and dicts, in order."""
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    if isinstance(tree, (list, tuple)):
-        return [leaf for item in tree for leaf in tensor_leaves(item)]
-    if isinstance(tree, Mapping):
-        return [leaf for item in tree.values() for leaf in tensor_leaves(item)]
-    return []
-
-
-def replace_tensors(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """The same nest with `change(tensor)` for each tensor."""
-    if isinstance(tree, torch.Tensor):
-        return change(tree)
-    if isinstance(tree, (list, tuple)):
-        items = [replace_tensors(item, change) for item in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    if isinstance(tree, dict):
-        changed = copy.copy(tree)
-        for key, item in tree.items():
-            changed[key] = replace_tensors(item, change)
-        return changed
-    return tree
-
-
-def distinct(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors, each object once."""
-    return list({id(tensor): tensor for tensor in leaves}.values())
-
-
-def _structure(tree: Any) -> Any:
-    """A nest of arguments as something that compares: shapes and dtypes for tensors, which is which, constants."""
-    order: dict[int, int] = {}
-
-    def visit(item: Any) -> Any:
-        if isinstance(item, torch.Tensor):
-            return ("tensor", tuple(item.shape), item.dtype, order.setdefault(id(item), len(order)))
-        if isinstance(item, (list, tuple)):
-            return (type(item).__name__, *(visit(one) for one in item))
-        if isinstance(item, dict):
-            return ("dict", *((key, visit(one)) for key, one in item.items()))
-        if isinstance(item, (bool, int, float, str, type(None), torch.dtype, torch.device)):
-            return item
-        return ("object", id(item))
-
-    return visit(tree)
 
 
 class Whole(TorchFunctionMode):
@@ -683,17 +379,6 @@ class Whole(TorchFunctionMode):
 def is_block(fqn: str) -> bool:
     """Whether a module's name ends in an index, as a repeated layer's does."""
     return fqn.rpartition(".")[2].isdecimal()
-
-
-@functools.lru_cache(maxsize=1024)
-def argument_names(function: Callable[..., Any]) -> list[str]:
-    """The names of a function's parameters, in order."""
-    kinds = (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        inspect.Parameter.KEYWORD_ONLY,
-    )
-    return [name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind in kinds]
 
 
 def user_line() -> tuple[str, int]:
@@ -742,37 +427,6 @@ def _on_meta(arg: Any) -> Any:
     return arg
 
 
-def trace(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    loss_fn: Callable[..., Any] | None = None,
-    training: bool | None = None,
-) -> tuple[Program, nn.Module]:
-    """Record forward, and the loss if one is given, on the global shapes; the model is only read.
-
-    Args:
-        inputs: the global batch; entries named as forward's arguments go to forward, all go to the loss.
-
-    Returns:
-        The program and the meta twin that ran.
-
-    Raises:
-        HostRead: the model reads a value that is not known before it runs.
-    """
-    ghost = twin(model, to_meta)
-    if training is not None:
-        ghost.train(training)
-    program = Program()
-    tracer = Recorder(program, ghost)
-    tracer.attach()
-    batch = {name: to_meta(name, item) if isinstance(item, torch.Tensor) else item for name, item in inputs.items()}
-    for name, tensor in batch.items():
-        if isinstance(tensor, torch.Tensor):
-            program.entries[name] = tracer.enter(tensor, Value(tuple(tensor.shape), tensor.dtype, name, "entry"))
-    run(tracer, ghost, batch, loss_fn)
-    return program, ghost
-
-
 def run(tracer: Tracer, model: nn.Module, batch: Mapping[str, Any], loss_fn: Callable[..., Any] | None) -> Any:
     """Run forward and loss under a tracer; the program's `result` and `outputs` are set."""
     program = tracer.frames[0].graph
@@ -789,17 +443,6 @@ def run(tracer: Tracer, model: nn.Module, batch: Mapping[str, Any], loss_fn: Cal
                 out = loss_fn(out, dict(batch))
             program.result = tracer.refs(out)
     return out
-
-
-def forward_arguments(model: nn.Module) -> list[str]:
-    """The names of the arguments of a model's forward."""
-    return argument_names(type(model).forward)[1:]
-
-
-def required_arguments(model: nn.Module) -> list[str]:
-    """The names of the arguments that forward cannot be called without."""
-    parameters = inspect.signature(type(model).forward).parameters
-    return [name for name in forward_arguments(model) if parameters[name].default is inspect.Parameter.empty]
 
 
 def user_frame(error: BaseException) -> tuple[Location, ...]:

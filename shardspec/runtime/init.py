@@ -29,7 +29,7 @@ from shardspec.runtime.recipe import (
     materialise,
     strides,
 )
-from shardspec.torch_private import TorchDispatchMode, tree_leaves
+from shardspec.torch_private import TorchDispatchMode, replace_trunc_normal, tree_leaves
 
 __all__ = ["NotReplayable", "Recipe", "Step", "materialise", "record"]
 
@@ -154,12 +154,11 @@ class _Recorder(TorchDispatchMode):
     def __enter__(self) -> Self:
         hook: Any = self._on_register  # torch annotates it without its result
         self.hook = register_module_parameter_registration_hook(hook)
-        self.trunc_normal = nn.init._no_grad_trunc_normal_  # pyright: ignore[reportPrivateUsage]
-        nn.init._no_grad_trunc_normal_ = self._on_trunc_normal  # pyright: ignore[reportPrivateUsage]
+        self.trunc_normal = replace_trunc_normal(self._on_trunc_normal)
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
-        nn.init._no_grad_trunc_normal_ = self.trunc_normal  # pyright: ignore[reportPrivateUsage]
+        replace_trunc_normal(self.trunc_normal)
         self.hook.remove()
         super().__exit__(*error)
 

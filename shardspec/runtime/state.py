@@ -1,7 +1,7 @@
 """What a training run is: parameters, buffers, optimizer state, step and randomness; frozen, and donated."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from attrs import define, field, frozen
 from torch import Tensor
@@ -9,7 +9,13 @@ from torch.distributed.tensor import DTensor
 
 from shardspec.diagnostics import DonatedError
 from shardspec.runtime.optim import Optimizer
-from shardspec.torch_private import disabled_torch_function, local_of, replace_local, view_as_dtensor
+from shardspec.torch_private import (
+    disabled_torch_function,
+    local_of,
+    make_wrapper_subclass,
+    replace_local,
+    view_as_dtensor,
+)
 
 Specs = Mapping[str, Any]
 """FQN -> what a DTensor view needs to know."""
@@ -19,8 +25,8 @@ class _Donated(Tensor):
     """What lies under a view whose state was donated: any use of it raises."""
 
     @staticmethod
-    def __new__(cls, like: Tensor) -> "_Donated":
-        return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)  # pyright: ignore[reportAttributeAccessIssue]
+    def __new__(cls, like: Tensor) -> Self:
+        return make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
