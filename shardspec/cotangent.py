@@ -91,7 +91,7 @@ class Cotangents:
             if step is None:
                 continue
             extra = discharged.get(position, set())
-            moves, _ = adjoint(step.moves, set(owed) | extra, self.inference.sizes, step.after.shape)
+            moves, _ = adjoint(step.moves, set(owed) | extra, step.after.shape)
             moved = {move.axis for move in step.moves}
             shape = step.before.shape
             last = tuple(Move("all_reduce", axis, shape=shape) for axis in sorted(extra - moved))

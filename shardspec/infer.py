@@ -12,7 +12,7 @@ from shardspec.layout import Layout, Sizes
 from shardspec.moves import Move, NoTransition, transition
 from shardspec.program import Block, BlockCall, Graph, Node, Program, Ref, tensors
 from shardspec.rules.match import fold
-from shardspec.rules.operator import RULES, Call, Refusal, Type, Typed, all_replicated, as_replicated
+from shardspec.rules.operator import RULES, Call, Refusal, Type, Typed, all_replicated, as_replicated, named_arguments
 from shardspec.rules.parse import Entry, ParamClaim
 from shardspec.rules.pointwise import is_pointwise, pointwise
 
@@ -306,17 +306,16 @@ def type_operator(call: Call) -> Typed:
     Raises:
         Refusal: by the rule, or SS305 where there is none.
     """
-    if all_replicated(call) and not any(kind.uniform for kind in call.types):
-        # Every rank computes the same: true of any operator that draws no random numbers.
-        if _is_random(call.node):
-            raise _random_refusal(call)
-        if call.node.func not in RULES or not _is_view_or_fill(call):
-            return as_replicated(call)
+    random = is_random(call.node)
+    if random and call.node.func not in RULES:
+        raise _random_refusal(call)
+    whole = all_replicated(call) and not any(kind.uniform for kind in call.types)
+    if whole and not random and (call.node.func not in RULES or not _is_view_or_fill(call)):
+        # Every rank computes the same.
+        return as_replicated(call)
     found = RULES.get(call.node.func)
     if found is not None:
         return found(call)
-    if _is_random(call.node):
-        raise _random_refusal(call)
     if is_pointwise(call.node.func):
         return pointwise(call)
     raise Refusal(
@@ -372,21 +371,20 @@ def _is_view_or_fill(call: Call) -> bool:
     )
 
 
-def _is_random(node: Node) -> bool:
-    tags = getattr(node.func, "tags", ())
+def is_random(node: Node) -> bool:
+    """Whether a call draws random numbers."""
     if node.op in ("dropout", "alpha_dropout", "feature_dropout"):
         return bool(node.args[1]) and bool(node.args[2])
-    return torch.Tag.nondeterministic_seeded in tags and node.op not in (
-        "dropout",
-        "scaled_dot_product_attention",
-    )
+    if node.op == "scaled_dot_product_attention":
+        return bool(named_arguments(node).get("dropout_p"))
+    return torch.Tag.nondeterministic_seeded in getattr(node.func, "tags", ())
 
 
 def _random_refusal(call: Call) -> Refusal:
     return Refusal(
         "SS312",
         f"{call.node.op} draws random numbers",
-        why="on a mesh they must agree on replicas and differ on shards, which the runtime does not key yet",
+        why="on a mesh they must agree on replicas and differ on shards; dropout is keyed so, this operator is not",
         advice=("call model.eval(), or set the probability to 0",),
     )
 

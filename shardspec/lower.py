@@ -287,28 +287,41 @@ def step_collectives(params: Mapping[str, ParamPlan], mesh: Mesh, loss: LossPlan
         )
 
 
+LOCAL_CALLS = ("embedding", "cross_entropy", "dropout", "scaled_dot_product_attention")
+"""The functions whose local form may be another one."""
+
+
 def substitutions(typed: TypedProgram) -> Iterator[Substitution]:
-    """The calls whose local form is another one."""
+    """The calls whose local form is another one, and those of the same functions between them."""
+    found: list[Substitution] = []
     for fqn, graph, _ in calls(typed.forward, typed.backward, ""):
         counts: Counter[tuple[str, str]] = Counter()
         for position, node in enumerate(graph.graph.nodes):
-            function = node.op if node.op in ("embedding", "cross_entropy") else ""
-            if not function:
+            if node.op not in LOCAL_CALLS:
                 continue
             path = absolute(fqn, node.path) if node.path != "loss" else "loss"
-            ordinal = counts[(path, function)]
-            counts[(path, function)] += 1
-            if position in graph.lowering:
-                refs = tensors(node.args)
-                dim = 0 if function == "embedding" else len(graph.graph.values[refs[0].index].shape) - 1
-                layout = graph.consumed[position][0].layout
-                yield Substitution(
-                    path=path,
-                    function=function,
-                    axes=dim_axes(layout.dims[dim]),
-                    ordinal=ordinal,
-                    size=graph.graph.values[refs[0].index].shape[dim],
-                )
+            ordinal = counts[(path, node.op)]
+            counts[(path, node.op)] += 1
+            found.append(substitution(graph, position, path, ordinal))
+    changed = {entry.function for entry in found if not entry.inert}
+    return (entry for entry in found if entry.function in changed)
+
+
+def substitution(graph: TypedGraph, position: int, path: str, ordinal: int) -> Substitution:
+    """How one call runs on a rank."""
+    node = graph.graph.nodes[position]
+    common = {"path": path, "function": node.op, "ordinal": ordinal}
+    if position not in graph.lowering:
+        return Substitution(**common, inert=True)
+    first = graph.consumed[position][0].layout
+    if node.op == "dropout":
+        return Substitution(**common, layout=first)
+    if node.op == "scaled_dot_product_attention":
+        keys = graph.consumed[position][1].layout
+        return Substitution(**common, layout=Layout((*first.dims[:-1], keys.dims[-2])))
+    shape = graph.graph.values[tensors(node.args)[0].index].shape
+    dim = 0 if node.op == "embedding" else len(shape) - 1
+    return Substitution(**common, axes=dim_axes(first.dims[dim]), size=shape[dim])
 
 
 def substitution_collectives(typed: TypedProgram) -> Iterator[Collective]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from attrs import evolve, frozen
 
-from shardspec.layout import AVG, SUM, Digit, DimLayout, Layout, Sizes, canonical
+from shardspec.layout import AVG, SUM, DimLayout, Layout, Sizes, canonical, global_size, local_size
 
 
 @frozen
@@ -42,46 +42,11 @@ class NoTransition(ValueError):
     """There is no way from the one layout to the other."""
 
 
-def _outer(dim: DimLayout, axis: str) -> int:
-    outer = 1
-    for digit in dim:
-        if digit == axis:
-            return outer
-        if isinstance(digit, int):
-            outer *= digit
-    raise AssertionError(f"{axis} is not in {dim}")
-
-
-def _gathered(dim: DimLayout, axis: str, size: int) -> DimLayout:
-    return canonical(size if digit == axis else digit for digit in dim)
-
-
-def _sliced(dim: DimLayout, axis: str, outer: int, size: int) -> DimLayout | None:
-    """Put an axis digit where the local extents before it multiply to `outer`; None where it does not fit."""
-    done = 1
-    out: list[Digit] = []
-    rest = list(dim)
-    while rest:
-        digit = rest.pop(0)
-        if isinstance(digit, str):
-            out.append(digit)
-            continue
-        if done == outer:
-            return canonical([*out, axis, digit // size, *rest]) if digit % size == 0 else None
-        need = outer // done
-        if outer % done or (digit % need and need % digit):
-            return None
-        if digit % need == 0 and digit != need:
-            if (digit // need) % size:
-                return None
-            return canonical([*out, need, axis, digit // need // size, *rest])
-        out.append(digit)
-        done *= digit
-    return None
-
-
 def transition(before: Layout, after: Layout, sizes: Sizes) -> tuple[Move, ...]:
-    """The moves that turn `before` into `after`.
+    """The moves that turn `before` into `after`: first those that shrink the tensor, then those that grow it.
+
+    An axis that splits a dim at the same stride in both stays where it is. Each other one is in one move, or is
+    gathered and later sliced where no exchange does.
 
     Raises:
         NoTransition: the declared layout is pending where the value is not, or in another way.
@@ -91,109 +56,90 @@ def transition(before: Layout, after: Layout, sizes: Sizes) -> tuple[Move, ...]:
             raise NoTransition(f"the rule leaves the value pending over {axis}, and it is {before.describe(axis)}")
     moves: list[Move] = []
     now = before
-    for step in _plan(before, after, sizes):
-        moves.append(evolve(step, shape=now.shape))
-        now = apply(now, step, sizes)
-    assert now == after, f"transition ends in {now}, not in {after}"
+    while now != after:
+        move, then = next(_steps(now, after, sizes))
+        moves.append(evolve(move, shape=now.shape))
+        now = then
     return tuple(moves)
 
 
-def apply(layout: Layout, move: Move, sizes: Sizes) -> Layout:
-    """The layout after a move."""
-    dims = list(layout.dims)
-    pending = tuple(
-        item for item in layout.pending if item[0] != move.axis or move.kind not in ("all_reduce", "reduce_scatter")
-    )
-    size = sizes[move.axis]
-    if move.kind in ("all_gather", "all_to_all"):
-        dims[move.dim] = _gathered(dims[move.dim], move.axis, size)
-    if move.kind in ("slice", "reduce_scatter", "all_to_all"):
-        target, outer = (move.to_dim, move.to_outer) if move.kind == "all_to_all" else (move.dim, move.outer)
-        cut = _sliced(dims[target], move.axis, outer, size)
-        assert cut is not None, f"{move.axis} does not fit {dims[target]} at {outer}"
-        dims[target] = cut
-    return Layout(tuple(dims), pending)
-
-
-def _plan(before: Layout, after: Layout, sizes: Sizes) -> Iterator[Move]:
-    """Reduce first, then exchange and gather what must go, then slice, major to minor."""
-    now = before
+def _steps(now: Layout, after: Layout, sizes: Sizes) -> Iterator[tuple[Move, Layout]]:
+    """Moves that lead nearer to `after`, each with the layout behind it, the cheapest first."""
     target = after.sharded
-    drop = _misplaced(before, after)
-    # An axis that goes from pending to a dim: the sum and the slice are one reduce-scatter, once nothing that
-    # must go lies on that dim.
-    slices = [
-        (axis, dim)
-        for dim in range(len(after.dims))
-        for axis in after.dims[dim]
-        if isinstance(axis, str) and (axis not in before.sharded or axis in drop)
-    ]
-    for axis, kind in before.pending:
-        if after.pending_kind(axis) is None and axis not in target:
-            move = Move("all_reduce", axis, reduce=kind)
-            now = apply(now, move, sizes)
-            yield move
-    for axis in sorted(drop, key=lambda axis: now.sharded[axis]):
+    going = [axis for axis, dim in now.sharded.items() if _weight(now, axis, sizes) != _weight(after, axis, sizes)]
+    coming = [axis for axis in target if axis not in now.sharded]
+    for axis in coming:
+        if not now.pending_kind(axis) and (cut := _cut(now, after, axis, sizes)):
+            dim = target[axis]
+            yield Move("slice", axis, dim, _outer(cut, axis)), _with_dims(now, {dim: cut})
+    for axis in coming:
+        kind = now.pending_kind(axis)
+        if kind in (SUM, AVG) and (cut := _cut(now, after, axis, sizes)):
+            dim = target[axis]
+            move = Move("reduce_scatter", axis, dim, _outer(cut, axis), reduce=kind)
+            yield move, _with_dims(_reduced(now, axis), {dim: cut})
+    for axis, kind in now.pending:
+        if not after.pending_kind(axis) and (axis not in target or kind not in (SUM, AVG)):
+            yield Move("all_reduce", axis, reduce=kind), _reduced(now, axis)
+    for axis in going:
         dim = now.sharded[axis]
-        gather = Move("all_gather", axis, dim, _outer(now.dims[dim], axis))
-        if axis in target and target[axis] != dim and not any(other in drop for other in now.dims[target[axis]]):
-            swap = evolve(
-                gather,
-                kind="all_to_all",
-                to_dim=target[axis],
-                to_outer=_outer(after.dims[target[axis]], axis),
-            )
-            cut = _sliced(now.dims[swap.to_dim], axis, swap.to_outer, sizes[axis])
-            if cut is not None and _in_order(cut, after.dims[swap.to_dim]):
-                now = apply(now, swap, sizes)
-                slices.remove((axis, swap.to_dim))
-                yield swap
-                continue
-        now = apply(now, gather, sizes)
-        yield gather
-    for axis, dim in slices:
-        kind = before.pending_kind(axis)
-        outer = _outer(after.dims[dim], axis)
-        if kind in (SUM, AVG):
-            move = Move("reduce_scatter", axis, dim, outer, reduce=kind)
-        elif kind:
-            reduce = Move("all_reduce", axis, reduce=kind)
-            now = apply(now, reduce, sizes)
-            yield reduce
-            move = Move("slice", axis, dim, outer)
-        else:
-            move = Move("slice", axis, dim, outer)
-        now = apply(now, move, sizes)
-        yield move
+        if target.get(axis, dim) != dim and (cut := _cut(now, after, axis, sizes)):
+            to, outer = target[axis], _outer(now.dims[dim], axis)
+            move = Move("all_to_all", axis, dim, outer, to, _outer(cut, axis))
+            yield move, _with_dims(now, {dim: _gathered(now.dims[dim], axis, sizes), to: cut})
+    for axis in sorted(going, key=lambda axis: axis in target):
+        dim = now.sharded[axis]
+        move = Move("all_gather", axis, dim, _outer(now.dims[dim], axis))
+        yield move, _with_dims(now, {dim: _gathered(now.dims[dim], axis, sizes)})
+    raise AssertionError(f"no move leads from {now} to {after}")
 
 
-def _in_order(dim: DimLayout, final: DimLayout) -> bool:
-    """Whether the axes of `dim` stand in the order that they have in `final`."""
-    axes = [digit for digit in dim if isinstance(digit, str)]
-    wanted = [digit for digit in final if digit in axes]
-    return axes == wanted
+def _outer(dim: DimLayout, axis: str) -> int:
+    """The product of the local extents before an axis."""
+    return local_size(dim[: dim.index(axis)])
 
 
-def _misplaced(before: Layout, after: Layout) -> list[str]:
-    """The axes that must be gathered: those that go, and those that stand after one that comes."""
-    target = after.sharded
-    drop = [axis for axis, dim in before.sharded.items() if target.get(axis) != dim]
-    for old, new in zip(before.dims, after.dims, strict=True):
-        kept = [digit for digit in old if isinstance(digit, str) and digit not in drop]
-        wanted = [digit for digit in new if isinstance(digit, str)]
-        while kept and (kept != wanted[: len(kept)] or not _same_place(kept[-1], old, new)):
-            drop.append(kept.pop())
-    return drop
+def _weight(layout: Layout, axis: str, sizes: Sizes) -> tuple[int, int] | None:
+    """The dim that an axis splits, and how many of its indices lie between two neighbours along the axis."""
+    where = layout.sharded.get(axis)
+    if where is None:
+        return None
+    dim = layout.dims[where]
+    return where, global_size(dim[dim.index(axis) + 1 :], sizes)
 
 
-def _same_place(axis: str, old: DimLayout, new: DimLayout) -> bool:
-    """Whether the extents and axes before an axis multiply to the same stride position in both."""
-    return _outer(old, axis) == _outer(new, axis)
+def _gathered(dim: DimLayout, axis: str, sizes: Sizes) -> DimLayout:
+    return canonical(sizes[axis] if digit == axis else digit for digit in dim)
 
 
-def adjoint(
-    moves: Sequence[Move], owed: set[str], sizes: Sizes, shape: tuple[int, ...]
-) -> tuple[tuple[Move, ...], set[str]]:
+def _cut(now: Layout, after: Layout, axis: str, sizes: Sizes) -> DimLayout | None:
+    """A dim with an axis at the stride that it has in `after`; None where another axis stands there still."""
+    found = _weight(after, axis, sizes)
+    assert found is not None, f"{axis} comes to a dim"
+    where, weight = found
+    dim, behind = now.dims[where], 1
+    for index in reversed(range(len(dim))):
+        digit = dim[index]
+        extent = digit if isinstance(digit, int) else sizes[digit]
+        if behind * extent > weight:
+            if isinstance(digit, str) or weight % behind:
+                return None
+            inner = weight // behind
+            outer, rest = divmod(digit, inner * sizes[axis])
+            return None if rest else canonical([*dim[:index], outer, axis, inner, *dim[index + 1 :]])
+        behind *= extent
+    return None
+
+
+def _with_dims(layout: Layout, dims: dict[int, DimLayout]) -> Layout:
+    return Layout(tuple(dims.get(index, dim) for index, dim in enumerate(layout.dims)), layout.pending)
+
+
+def _reduced(layout: Layout, axis: str) -> Layout:
+    return Layout(layout.dims, tuple(item for item in layout.pending if item[0] != axis))
+
+
+def adjoint(moves: Sequence[Move], owed: set[str], shape: tuple[int, ...]) -> tuple[tuple[Move, ...], set[str]]:
     """The moves of the backward, and the axes over which the input's cotangent is owed.
 
     Args:

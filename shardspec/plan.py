@@ -105,14 +105,19 @@ class PointPlan:
 
 @frozen(kw_only=True)
 class Substitution:
-    """A call whose local form is another one: the n-th call of `function` under module `path`."""
+    """The n-th call of `function` while module `path` runs: a call whose local form is another one."""
 
     path: str
     function: str
-    axes: tuple[str, ...]
-    size: int
-    """The global size of the split factor."""
     ordinal: int = 0
+    inert: bool = False
+    """The call is as it is; it is listed so that the others keep their count."""
+    axes: tuple[str, ...] = ()
+    """The axes over which the vocabulary is split."""
+    size: int = 0
+    """The global size of the vocabulary."""
+    layout: Layout | None = None
+    """Of what random numbers are drawn for, whose global index keys them."""
 
 
 @frozen(kw_only=True)

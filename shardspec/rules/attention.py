@@ -12,13 +12,6 @@ aten = torch.ops.aten
 @rule(aten.scaled_dot_product_attention.default)
 def attention(call: Call) -> Typed:
     """q [..., Hq, L, E], k and v [..., Hk, S, E] -> [..., Hq, L, E]; Hk may be smaller with `enable_gqa`."""
-    if call.named.get("dropout_p"):
-        raise Refusal(
-            "SS312",
-            f"attention with dropout_p={call.named['dropout_p']} has no rule",
-            why="the ranks' random numbers would have to differ on shards and agree on replicas",
-            advice=("call it with dropout_p=0.0",),
-        )
     grouped = bool(call.named.get("enable_gqa")) and call.shape(0)[-3] != call.shape(1)[-3]
     original = call.types
     if grouped:
@@ -32,6 +25,8 @@ def attention(call: Call) -> Typed:
         lead = names[0][max(0, len(names[0]) - len(mask) + 2) :] if len(mask) > 2 else []
         labels.append([*(None if size == 1 else label for size, label in zip(mask[:-2], lead, strict=True)), *ends])
     typed = unify(call, labels, [[*names[0], "L", "Ev"]], whole=["L", "S", "E"])
+    if call.named.get("dropout_p"):
+        typed.lowering = "attention"
     if grouped:
         typed.consumed = (typed.consumed[0], *original[1:3], *typed.consumed[3:])
     return typed

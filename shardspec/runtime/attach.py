@@ -15,7 +15,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from shardspec.functional import cross_entropy, name
+from shardspec.layout import global_size
+from shardspec.placement import digits_index
 from shardspec.plan import PointPlan, Substitution
+from shardspec.runtime import rng
 from shardspec.runtime.boundary import pass_point
 from shardspec.runtime.fabric import Fabric
 from shardspec.runtime.vocab import cross_entropy_sharded, embedding_sharded
@@ -28,10 +31,33 @@ class Wiring:
     fabric: Fabric
     points: Mapping[str, PointPlan] = field(factory=dict)
     substitutions: Mapping[str, Mapping[tuple[str, int], Substitution]] = field(factory=dict)
+    rng: int = 0
+    """The step's random key."""
+    microbatch: int = 0
+    indices: dict[Substitution, Tensor] = field(factory=dict)
+    """Global indices of what random numbers are drawn for, made once for a layout."""
     active: Any = None
     """The `Local` of the module that runs now, if it has one: an outer module's leaves inner calls alone."""
     inside: set[str] = field(factory=set)
     """The modules that run under a `Local`."""
+
+    def kept(self, entry: Substitution, shape: torch.Size, p: float, device: torch.device) -> Tensor:
+        """Which elements dropout keeps: by the step's key, microbatch, call and global index, on every mesh alike."""
+        key = rng.stream_key(self.rng, f"{entry.path}:{entry.function}:{entry.ordinal}", self.microbatch)
+        index = self._global_index(entry, shape, device)
+        return rng.uniform(key, index) >= p
+
+    def _global_index(self, entry: Substitution, shape: torch.Size, device: torch.device) -> Tensor:
+        found = self.indices.get(entry)
+        if found is None or found.shape != shape or found.device != device:
+            assert entry.layout is not None, "a random call knows its layout"
+            mesh, place = self.fabric.mesh, self.fabric.coordinate
+            found = torch.zeros((), dtype=torch.long)
+            for digits in entry.layout.dims:
+                rows = digits_index(digits, place, mesh)
+                found = found.unsqueeze(-1) * global_size(digits, mesh.shape) + rows
+            self.indices[entry] = found = found.reshape(shape).to(device)
+        return found
 
     def through(self, name: str, tensor: Any) -> Any:
         """Take a tensor through the point of that name, if it does anything."""
@@ -102,7 +128,7 @@ class Local(TorchFunctionMode):
         super().__init__()
         self.wiring, self.path = wiring, path
         self.table = wiring.substitutions.get(path, {})
-        self.counts = {"embedding": 0, "cross_entropy": 0}
+        self.counts = dict.fromkeys(LOCAL_CALLS, 0)
         self.outer: Local | None = None
 
     def __enter__(self) -> "Local":
@@ -125,34 +151,78 @@ class Local(TorchFunctionMode):
         label, local = found
         entry = self.table.get((label, self.counts[label]))
         self.counts[label] += 1
-        return local(entry, self.wiring.fabric, *args, **kwargs) if entry else func(*args, **kwargs)
+        return func(*args, **kwargs) if entry is None or entry.inert else local(entry, self.wiring, *args, **kwargs)
 
 
 def _embedding(
     entry: Substitution,
-    fabric: Fabric,
+    wiring: Wiring,
     ids: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
     *_: Any,
     **__: Any,
 ) -> Tensor:
-    first = fabric.place(entry.axes) * weight.shape[0]
+    first = wiring.fabric.place(entry.axes) * weight.shape[0]
     return embedding_sharded(weight, ids, first, entry.size, padding_idx)
 
 
 def _cross_entropy(
-    entry: Substitution, fabric: Fabric, logits: Tensor, labels: Tensor, ignore_index: int = -100
+    entry: Substitution, wiring: Wiring, logits: Tensor, labels: Tensor, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
-    first = fabric.place(entry.axes) * logits.shape[-1]
-    return cross_entropy_sharded(logits, labels, first, entry.size, fabric.group(entry.axes), ignore_index)
+    first = wiring.fabric.place(entry.axes) * logits.shape[-1]
+    group = wiring.fabric.group(entry.axes)
+    return cross_entropy_sharded(logits, labels, first, entry.size, group, ignore_index)
+
+
+def _dropout(
+    entry: Substitution, wiring: Wiring, tensor: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    del training
+    scaled = wiring.kept(entry, tensor.shape, p, tensor.device).to(tensor.dtype) / (1 - p) if p < 1 else 0.0
+    return tensor.mul_(scaled) if inplace else tensor * scaled
+
+
+def _attention(
+    entry: Substitution,
+    wiring: Wiring,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention with keyed dropout: no fused kernel draws numbers by a global index, so the weights are made whole.
+
+    The definition in the documentation of torch.nn.functional.scaled_dot_product_attention.
+    """
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+    scores = query @ key.transpose(-2, -1) * (scale if scale is not None else query.shape[-1] ** -0.5)
+    if is_causal:
+        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~causal, float("-inf"))
+    if attn_mask is not None:
+        boolean = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if boolean else scores + attn_mask
+    weights = scores.softmax(-1)
+    return _dropout(entry, wiring, weights, dropout_p) @ value
 
 
 FUNCTIONS: dict[Any, tuple[str, Callable[..., Any]]] = {
     F.embedding: ("embedding", _embedding),
     cross_entropy: ("cross_entropy", _cross_entropy),
+    F.dropout: ("dropout", _dropout),
+    torch.dropout: ("dropout", _dropout),
+    F.scaled_dot_product_attention: ("scaled_dot_product_attention", _attention),
 }
 """A function that a model calls -> its name in a plan, and its local form."""
+
+LOCAL_CALLS = tuple(dict.fromkeys(label for label, _ in FUNCTIONS.values()))
 
 
 def split_points(

@@ -2,11 +2,10 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Replicate
@@ -17,17 +16,20 @@ from shardspec.compiler import Compiler, settle
 from shardspec.diagnostics import Diagnostic, refuse
 from shardspec.mesh import BATCH_AXES, Mesh, degree
 from shardspec.placement import local_index, stored_shape
-from shardspec.plan import ActivationPlan, Plan
+from shardspec.plan import ActivationPlan, ParamPlan, Plan
 from shardspec.policy import Policy
 from shardspec.runtime.apply import LocalModel, apply, build_source, local_part
 from shardspec.runtime.attach import Wiring, attach
-from shardspec.runtime.fabric import Fabric, connect
+from shardspec.runtime.fabric import Fabric, agree, check_world, connect, join_world
 from shardspec.runtime.gather import gather
 from shardspec.runtime.init import NotReplayable, materialise
 from shardspec.runtime.optim import Optimizer
 from shardspec.runtime.state import OptState, Specs, Store, TrainState
 from shardspec.stages import Model
 from shardspec.torch_private import local_of, make_spec
+
+SAMPLES = 16
+"""Elements of a tensor that a fingerprint reads."""
 
 LossFn = Callable[[Any, dict[str, Any]], tuple[Any, Any]]
 Batch = Mapping[str, Any]
@@ -38,13 +40,10 @@ class Sharded:
 
     def __init__(self, model: Model, rules: Any, mesh: Mesh, inputs: Batch | None, policy: Policy) -> None:
         self.mesh, self.policy = mesh, policy
-        self.compiler = Compiler(survey(model), rules, policy)
         self.plan: Plan | None = None
-        if inputs is not None:
-            self.plan = self.compiler.plan(mesh, inputs)
-        self.params, self.units, self.attributes = self.compiler.static(mesh)
+        world = join_world()
+        self.compiler = agree(world, "the plan", lambda: self._compile(model, rules, inputs, world), self._details)
         self.fabric: Fabric = connect(mesh)
-        self._agree()
         own, self.source = build_source(model)
         self.local: LocalModel = apply(own, self.params, self.units, self.attributes, self.fabric, policy)
         self.specs: Specs = self._specs()
@@ -64,20 +63,28 @@ class Sharded:
         placed = sorted((name, str(plan.layout), plan.storage, plan.storage_dim) for name, plan in self.params.items())
         return f"{self.mesh}:{hash(tuple(map(str, placed))) & 0xFFFFFFFF:08x}"
 
-    def _agree(self) -> None:
-        """Every rank must have compiled the same plan, before anything is touched."""
-        if self.mesh.world == 1:
-            return
-        mine = self.plan.hash if self.plan is not None else str(sorted((n, str(p)) for n, p in self.params.items()))
-        every: list[Any] = [None] * self.mesh.world
-        dist.all_gather_object(every, mine)
-        if len(set(every)) > 1:
-            odd = [rank for rank, each in enumerate(every) if each != every[0]]
-            refuse(
-                "SS403",
-                f"the ranks disagree on the plan: rank {odd[0]} has another one than rank 0",
-                why="each rank compiles the table for itself; model, table, mesh and batch must be the same on all",
-            )
+    def _compile(
+        self, model: Model, rules: Any, inputs: Batch | None, world: int
+    ) -> tuple[Compiler, Mapping[str, str]]:
+        """Check everything that can be before a device is touched; and what must be the same on every rank."""
+        compiler = Compiler(survey(model), rules, self.policy)
+        self.params, self.units, self.attributes = compiler.static(self.mesh)
+        if inputs is not None:
+            self.plan = compiler.plan(self.mesh, inputs)
+        check_world(self.mesh, world)
+        if world == 1:
+            return compiler, {}
+        placed = "; ".join(sorted(f"{name}: {plan}" for name, plan in self.params.items()))
+        values = [*model.named_parameters(), *model.named_buffers()] if isinstance(model, nn.Module) else ()
+        return compiler, {
+            "mesh": str(self.mesh),
+            "policy": str(self.policy),
+            "plan": self.plan.hash if self.plan is not None else hashlib.sha256(placed.encode()).hexdigest()[:16],
+            "weights": fingerprint(values),
+        }
+
+    def _details(self, _: Any) -> dict[str, str]:
+        return {"mesh": str(self.mesh)} | details_of(self.params, self.plan)
 
     def _specs(self) -> dict[str, Any]:
         mesh = self.fabric.device_mesh
@@ -94,8 +101,13 @@ class Sharded:
         key = (batch_key(batch), loss_fn, training)
         found = self.programs.get(key)
         if found is None:
-            whole = self.compiler.global_shapes(self.mesh, batch)
-            found = self.compiler.plan(self.mesh, whole, loss_fn, training=training)
+
+            def typed() -> tuple[Plan, Mapping[str, str]]:
+                whole = self.compiler.global_shapes(self.mesh, batch)
+                plan = self.compiler.plan(self.mesh, whole, loss_fn, training=training)
+                return plan, {"plan": plan.hash}
+
+            found = agree(self.mesh.world, "the batch", typed, lambda plan: details_of(plan.params, plan))
             self.programs[key] = found
             if self.plan is None:
                 self.plan = found
@@ -341,10 +353,29 @@ class Sharded:
         return copied
 
     def value_and_grad(self, loss_fn: LossFn) -> Callable[..., Any]:
-        """`grad_fn(params, batch, rng=None) -> ((loss, metrics), grads)`; gradients are global and normalised."""
+        """`grad_fn(params, batch, rng=0) -> ((loss, metrics), grads)`; gradients are global and normalised."""
         from shardspec.runtime.step import value_and_grad
 
         return value_and_grad(self, loss_fn)
+
+
+def details_of(params: Mapping[str, ParamPlan], plan: Plan | None) -> dict[str, str]:
+    """What a plan says, by name, in words."""
+    said = {name: f'"{param.spec}" {list(param.shape)}' for name, param in params.items()}
+    if plan is not None:
+        said |= {name: str(entry.layout) for name, entry in {**plan.entries, **plan.activations}.items()}
+        said |= {f"{row.phase} {row.kind} at {row.where}": f"{row.count} x {row.bytes}" for row in plan.collectives}
+    return said
+
+
+def fingerprint(values: Iterable[tuple[str, Tensor]]) -> str:
+    """A digest of a few elements of each tensor: what differs on purpose or by a seed shows in them."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in values:
+        if tensor.device.type != "meta" and tensor.numel():
+            some = tensor.detach().reshape(-1)[:: -(-tensor.numel() // SAMPLES)].contiguous()
+            digest.update(name.encode() + bytes(some.cpu().view(torch.uint8).tolist()))
+    return digest.hexdigest()
 
 
 def placements_of_one(mesh: Any) -> tuple[Any, ...]:

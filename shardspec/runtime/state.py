@@ -1,5 +1,6 @@
 """What a training run is: parameters, buffers, optimizer state, step and randomness; frozen, and donated."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, Self
 
@@ -24,7 +25,6 @@ Specs = Mapping[str, Any]
 class _Donated(Tensor):
     """What lies under a view whose state was donated: any use of it raises."""
 
-    @staticmethod
     def __new__(cls, like: Tensor) -> Self:
         return make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
 
@@ -110,7 +110,8 @@ class TrainState:
     """A run between two steps.
 
     `params` and `buffers`: dict of FQN -> DTensor over the mesh axes larger than one, in mesh order.
-    `opt_state`: the optimizer's. `step`: how many updates were made. `rng`: the seed of the run's randomness.
+    `opt_state`: the optimizer's. `step`: how many updates were made. `rng`: the key of
+    the next step's randomness.
 
     A step consumes the state that it is given: `params`, `buffers` and `opt_state` of it then raise
     `DonatedError`, as does any view taken from them. `step` and `rng` stay readable.
@@ -161,6 +162,11 @@ class TrainState:
         if held.opt is not None:
             held.opt.poison()
         held.donated = to
+
+
+def next_rng(rng: int) -> int:
+    """The key of the step after one: a step's randomness follows from its state alone."""
+    return int.from_bytes(hashlib.blake2b(str(rng).encode(), digest_size=7).digest(), "big")
 
 
 def copy_tree(tree: Any) -> Any:

@@ -16,7 +16,7 @@ from shardspec.mesh import degree
 from shardspec.plan import LossPlan, ParamPlan, Plan
 from shardspec.runtime.attach import Local
 from shardspec.runtime.sharded import Batch, LossFn, Sharded
-from shardspec.runtime.state import Finite, Metric, OptState, Store, TrainState, copy_tree
+from shardspec.runtime.state import Finite, Metric, OptState, Store, TrainState, copy_tree, next_rng
 from shardspec.torch_private import foreach_copy_, foreach_norm, local_of, view_as_dtensor
 
 Metrics = dict[str, Tensor]
@@ -35,12 +35,14 @@ class Sums:
         self.weight = self.weight + (weight.detach() if isinstance(weight, Tensor) else weight)
 
 
-def run(sharded: Sharded, plan: Plan, batch: Batch, loss_fn: LossFn, *, backward: bool) -> Sums:
+def run(sharded: Sharded, plan: Plan, batch: Batch, loss_fn: LossFn, *, rng: int = 0, backward: bool) -> Sums:
     """Forward, loss and backward of every microbatch; gradients are left with the parameters, as plain sums."""
     assert plan.loss is not None, "a step's plan knows its loss"
     sharded.activate(plan)
     sums = Sums()
-    for part in sharded.microbatches(plan, batch):
+    sharded.wiring.rng = rng
+    for index, part in enumerate(sharded.microbatches(plan, batch)):
+        sharded.wiring.microbatch = index
         arguments = {name: item for name, item in part.items() if name in sharded.compiler.names.arguments}
         output = sharded.module(**arguments)
         with Local(sharded.wiring, "loss"):
@@ -154,7 +156,7 @@ def train_step(
         assert plan.loss is not None, "a step's plan knows its loss"
         sharded.local.bind(held.params.locals)
         sharded.local.clear_gradients()
-        sums = run(sharded, plan, batch, loss_fn, backward=True)
+        sums = run(sharded, plan, batch, loss_fn, rng=state.rng, backward=True)
         grads = sharded.local.gradients()
         reduce_owed(sharded, plan, grads)
         square = squared_norm(sharded, plan.params, grads)
@@ -216,7 +218,7 @@ def updated(
     store = Store(params, held.params.specs)
     opt = evolve_opt(held.opt, raw)
     return TrainState(
-        step=state.step + 1, rng=state.rng, home=state.home, params=store,
+        step=state.step + 1, rng=next_rng(state.rng), home=state.home, params=store,
         buffers=Store(buffers, held.buffers.specs), opt=opt,
     )  # fmt: skip
 
@@ -240,13 +242,12 @@ def _select(found_inf: Tensor, old: Any, new: Any) -> Any:
 def value_and_grad(sharded: Sharded, loss_fn: LossFn) -> Callable[..., Any]:
     """The pieces for a pure step of one's own; see `Sharded.value_and_grad`."""
 
-    def grad_fn(params: Mapping[str, Tensor], batch: Batch, rng: int | None = None) -> Any:
-        del rng
+    def grad_fn(params: Mapping[str, Tensor], batch: Batch, rng: int = 0) -> Any:
         plan = sharded.program(batch, loss_fn)
         assert plan.loss is not None, "a step's plan knows its loss"
         sharded.local.bind(sharded.locals_of(params))
         sharded.local.clear_gradients()
-        sums = run(sharded, plan, batch, loss_fn, backward=True)
+        sums = run(sharded, plan, batch, loss_fn, rng=rng, backward=True)
         grads = sharded.local.gradients()
         reduce_owed(sharded, plan, grads)
         total, weight, _ = reduce_scalars(sharded, plan.loss, sums, None)
