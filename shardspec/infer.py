@@ -307,8 +307,17 @@ def type_operator(call: Call) -> Typed:
         Refusal: by the rule, or SS305 where there is none.
     """
     random = is_random(call.node)
-    if random and call.node.func not in RULES:
+    if random and call.node.func not in RULES and call.sizes:
         raise _random_refusal(call)
+    if call.node.custom and not all_replicated(call):
+        raise Refusal(
+            "SS315",
+            f"{call.node.op} runs in a custom autograd function on a value that is not replicated",
+            why="the backward that such a function declares is not seen, so that nothing says which gradients are owed",
+            operands=tuple(i for i, kind in enumerate(call.types) if kind.layout.sharded or kind.layout.pending),
+            axis=next((a for kind in call.types for a in kind.layout.sharded), ""),
+            advice=("write the function with torch operators, and let autograd derive its backward",),
+        )
     whole = all_replicated(call) and not any(kind.uniform for kind in call.types)
     if whole and not random and (call.node.func not in RULES or not _is_view_or_fill(call)):
         # Every rank computes the same.

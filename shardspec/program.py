@@ -60,6 +60,8 @@ class Node:
     """False under a `no_grad` of the model's own."""
     nested: Any = None
     """For a block's call: the structure of its outputs."""
+    custom: bool = False
+    """Whether it runs in the forward of an autograd function of the user's own."""
     unsafe: str = ""
     """Why a write cannot be followed through every alias; nothing where it can."""
 

@@ -123,6 +123,20 @@ def materialise_fsdp(record: Any, device: torch.device) -> None:
     bind_fsdp(record, local)
 
 
+def reset_fsdp(root: nn.Module) -> None:
+    """Free what FSDP2 holds gathered, and have it forget a forward that no backward followed.
+
+    Without it, the backward after a forward alone would gather what ran last in that forward.
+    """
+    if isinstance(root, FSDPModule) and root._get_fsdp_state()._is_root:
+        root.reset_iter_state()
+
+
+def bound_as_is(record: Any, local: Tensor) -> bool:
+    """Whether FSDP2 gathers from the storage of `local` itself, so that later writes to it are seen."""
+    return not local.numel() or record._sharded_param_data.data_ptr() == local.data_ptr()
+
+
 def empty_padded(record: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A local tensor of `shape` for a parameter of FSDP2, lying in zeroed rows that pad it."""
     dim = record.fsdp_placement.dim

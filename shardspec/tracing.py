@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import inspect
 import os
 import sys
+import types
 import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -29,6 +31,7 @@ CONSTANT_LIMIT = 1 << 16
 """Integer tensors of up to this many elements that derive from constants are also computed on the CPU."""
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_FUNCTION = inspect.getfile(torch.autograd.Function)
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 
 
@@ -166,6 +169,7 @@ class Tracer(TorchDispatchMode):
         graph.nodes.append(node)
         outs = out if isinstance(out, (list, tuple)) else (out,)
         datas = data if isinstance(data, (list, tuple)) else (data,) * len(outs)
+        node.custom = in_custom_function()
         mutated = writes(func)
         if mutated:
             node.unsafe = self._write(args[0])
@@ -383,13 +387,24 @@ def is_block(fqn: str) -> bool:
 
 def user_line() -> tuple[str, int]:
     """File and line of the nearest frame that is neither torch's nor ours."""
+    frame = _user_frame()
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+def in_custom_function() -> bool:
+    """Whether the nearest frame of the user's is the forward of an autograd function of their own."""
+    caller = _user_frame().f_back
+    return caller is not None and caller.f_code.co_filename == _FUNCTION
+
+
+def _user_frame() -> types.FrameType:
     frame = sys._getframe(2)
     while frame.f_back is not None:
         file = frame.f_code.co_filename
         if not file.startswith((_HERE, _TORCH)) and not file.startswith("<"):
             break
         frame = frame.f_back
-    return frame.f_code.co_filename, frame.f_lineno
+    return frame
 
 
 @functools.lru_cache(maxsize=4096)

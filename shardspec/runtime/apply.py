@@ -18,7 +18,15 @@ from shardspec.policy import Policy, chosen
 from shardspec.runtime.attach import Read, Remat, attach_read
 from shardspec.runtime.fabric import Fabric, storage_mesh
 from shardspec.runtime.init import Recipe, record
-from shardspec.torch_private import bind_fsdp, empty_padded, fsdp_records, local_of, materialise_fsdp
+from shardspec.torch_private import (
+    bind_fsdp,
+    bound_as_is,
+    empty_padded,
+    fsdp_records,
+    local_of,
+    materialise_fsdp,
+    reset_fsdp,
+)
 
 
 @define(eq=False)
@@ -41,17 +49,43 @@ class LocalModel:
     records: dict[str, Any] = field(factory=dict)
     """First name -> FSDP2's record, for the others."""
     bound: dict[str, Tensor] = field(factory=dict)
+    copied: set[str] = field(factory=set)
+    """The names whose rows FSDP2 needed padded, in a copy."""
+    buffers: dict[str, list[tuple[nn.Module, str]]] = field(factory=dict)
+    """First name of a persistent buffer -> where it is put."""
+    written: dict[bool, set[str]] = field(factory=dict)
+    """Training mode -> the persistent buffers that forward writes, once one has run."""
+    versions: dict[str, tuple[Tensor, int]] = field(factory=dict)
 
     def bind(self, locals_: Mapping[str, Tensor]) -> None:
         """Have the model compute with these local tensors."""
         for name, local in locals_.items():
-            if self.bound.get(name) is local:
+            if self.bound.get(name) is local and name not in self.copied:
                 continue
             if name in self.records:
                 bind_fsdp(self.records[name], local)
+                (self.copied.discard if bound_as_is(self.records[name], local) else self.copied.add)(name)
             else:
                 self.slots[name].data = local
             self.bound[name] = local
+
+    def lend_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Have forward read a state's persistent buffers, and write to copies: the state stays as it was."""
+        writes = self.written.get(self.module.training)
+        for name, places in self.buffers.items():
+            lent = buffers[name].clone() if writes is None or name in writes else buffers[name]
+            self.versions[name] = (lent, lent._version)  # noqa: SLF001
+            for module, leaf in places:
+                module._buffers[leaf] = lent  # noqa: SLF001
+
+    def take_buffers(self) -> dict[str, Tensor]:
+        """The persistent buffers after a forward."""
+        found = {name: places[0][0]._buffers[places[0][1]] for name, places in self.buffers.items()}  # noqa: SLF001
+        writes = self.written.setdefault(self.module.training, set())
+        for name, (lent, version) in self.versions.items():
+            if found[name] is not lent or lent._version != version:  # noqa: SLF001
+                writes.add(name)
+        return {name: buffer for name, buffer in found.items() if buffer is not None}
 
     def gradients(self) -> dict[str, Tensor]:
         """First name -> local gradient, for the trained parameters; zeros where the loss does not reach one."""
@@ -70,11 +104,10 @@ class LocalModel:
             owner = self.records[name].sharded_param if name in self.records else self.slots[name]
             owner.grad = None
 
-    def reshard(self) -> None:
-        """Free what FSDP2 still holds gathered, so that the next forward gathers anew."""
-        for module in self.module.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+    def reset(self) -> None:
+        """Be as before a step: after a forward alone, or one that raised, the next gathers anew."""
+        self.clear_gradients()
+        reset_fsdp(self.module)
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Storage for a rank's part of a parameter."""
@@ -123,6 +156,11 @@ def apply(
         for record in found.records.values():
             materialise_fsdp(record, fabric.device)
     _materialise(found, params, fabric, policy)
+    for path, child in module.named_modules():
+        for name, buffer in child._buffers.items():
+            plan = params[f"{path}.{name}" if path else name] if buffer is not None else None
+            if plan is not None and plan.persistent:
+                found.buffers.setdefault(plan.first, []).append((child, name))
     return found
 
 
