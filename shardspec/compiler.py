@@ -10,6 +10,7 @@ from attrs import define, evolve, field
 from shardspec import lower as lowering
 from shardspec.batch import Batch, batch_key, check_inputs, entry_plans, global_shapes, host_read, microbatch_shapes
 from shardspec.claims import match_params, match_points, survey
+from shardspec.constraints import Constraint
 from shardspec.diagnostics import Diagnostic, ShardingError
 from shardspec.dryrun import dry_run
 from shardspec.fixes import Attempt
@@ -88,13 +89,21 @@ class Compiler:
         loss: Callable[..., Any] | None = None,
         *,
         training: bool | None = None,
+        fix: bool = True,
     ) -> Plan:
-        """The plan for one mesh and one shape of batch; `training` is the model's own mode where it is None."""
+        """The plan for one mesh and one shape of batch.
+
+        Args:
+            training: the mode of the model; its own where it is None.
+            fix: try the edits that a diagnostic hints at.
+        """
         with uncollected():
             table, units, attributes = self.declared(mesh)
             params, sizes, found = match_params(table, self.names, mesh)
             inputs = microbatch_shapes(table, mesh, inputs, self.policy.accumulate)
-            attempt = Attempt(self.rules, mesh, lambda rules, other: self.check(rules, other, inputs, loss, training))
+            attempt = Attempt(
+                self.rules, mesh, lambda rules, other: self.check(rules, other, inputs, loss, training), fix
+            )
             settle(attempt.fixed(found))
             program = self.program(inputs, loss, training)
             points, found = match_points(table, self.names, program, sizes, mesh)
@@ -179,16 +188,24 @@ class Compiler:
                     found = typecheck(program, claims, mesh, has_loss=loss is not None).diagnostics
         return found
 
-    def legal_meshes(self, world: int, inputs: Mapping[str, Any], loss: Callable[..., Any] | None) -> tuple[Mesh, ...]:
-        """Every mesh of `world` ranks over the axes of the table that passes the check."""
+    def legal_meshes(self, world: int, inputs: Batch, loss: Callable[..., Any] | None) -> tuple[Mesh, ...]:
+        """Every mesh of `world` ranks over the axes of the table that passes the check.
+
+        For each set of axes larger than one, the first mesh that passes tells what their sizes must divide; the
+        others are checked where that holds.
+        """
         table, _ = parse_table(self.rules)
         named = {axis for entry in (*table.params, *table.activations) for axis in entry.spec.axes}
+        facts: dict[tuple[str, ...], tuple[Constraint, ...]] = {}
         legal: list[Mesh] = []
         for mesh in meshes(world, [axis for axis in AXES if axis in named]):
+            if not all(fact.holds(mesh) for fact in facts.get(mesh.axes, ())):
+                continue
             try:
-                self.plan(mesh, inputs, loss)
+                plan = self.plan(mesh, inputs, loss, fix=False)
             except ShardingError:
                 continue
+            facts.setdefault(mesh.axes, plan.constraints)
             legal.append(mesh)
         return tuple(legal)
 
@@ -273,5 +290,6 @@ def assemble(
         attributes=attributes,
         loss=loss,
         output=lowering.output_layouts(typed),
+        constraints=lowering.constraints(typed),
         last_unit=last,
     )

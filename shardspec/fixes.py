@@ -19,10 +19,14 @@ class Attempt:
     mesh: Mesh
     check: Callable[[Rules, Mesh], Iterable[Diagnostic]]
     """What the check finds with other rules or another mesh."""
+    wanted: bool = True
+    """Whether anybody will read the fixes."""
 
     def fixed(self, found: Iterable[Diagnostic]) -> list[Diagnostic]:
         """The diagnostics with those hints as fixes that passed; what one fix mends is told once."""
         left = merged(found)
+        if not self.wanted:
+            return left
         before = {identity(each) for each in left}
         told: list[Diagnostic] = []
         mended: set[Any] = set()

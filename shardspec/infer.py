@@ -41,6 +41,8 @@ class TypedGraph:
     """Node -> what its operands were read as."""
     local: dict[int, dict[str, Any]] = field(factory=dict)
     lowering: dict[int, str] = field(factory=dict)
+    divides: dict[int, tuple[tuple[tuple[str, ...], int], ...]] = field(factory=dict)
+    """Node -> what the sizes of axes must divide there."""
     transitions: dict[int, Transition] = field(factory=dict)
     calls: dict[int, "TypedGraph"] = field(factory=dict)
     names: dict[int, str] = field(factory=dict)
@@ -149,6 +151,8 @@ class Inference:
         typed.consumed[position] = answer.consumed
         if answer.local:
             typed.local[position] = answer.local
+        if answer.divides:
+            typed.divides[position] = answer.divides
         if answer.lowering:
             typed.lowering[position] = answer.lowering
         for index, kind in zip((i for i in node.outputs if i is not None), answer.outputs, strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from attrs import evolve
 
+from shardspec.constraints import Constraint, strongest
 from shardspec.cotangent import Backward
 from shardspec.diagnostics import Diagnostic, Location
 from shardspec.infer import TypedGraph, absolute
@@ -18,7 +19,7 @@ from shardspec.placement import stored_shape
 from shardspec.plan import ActivationPlan, Collective, LossPlan, ParamPlan, PointPlan, Substitution, UnitPlan
 from shardspec.policy import Policy, chosen
 from shardspec.program import Ref, tensors
-from shardspec.rules.fit import dims_of
+from shardspec.rules.fit import dims_of, divisors
 from shardspec.rules.match import fold
 from shardspec.rules.parse import Entry, ParamClaim
 from shardspec.stages import Claims, Survey, TypedProgram
@@ -496,3 +497,31 @@ def failed(error: Exception, inputs: Mapping[str, Any]) -> Diagnostic:
 def recomputed(units: tuple[UnitPlan, ...], policy: Policy) -> tuple[str, ...]:
     """The modules whose forward runs again in backward."""
     return tuple(module for unit in units for module in unit.modules if chosen(policy.remat, module))
+
+
+def constraints(typed: TypedProgram) -> tuple[Constraint, ...]:
+    """What the sizes of axes must divide: by the rules' own splits, and by the cuts of views."""
+    claims, mesh = typed.claims, typed.mesh
+    known = claims.sizes.known
+    found: list[Constraint] = []
+    for name, claim in claims.params.items():
+        found += divisors(claim.entry, name, claim.shape, known, mesh, storage=True)
+    program = typed.program
+    for name, index in program.entries.items():
+        found += divisors(claims.points[name], name, program.values[index].shape, known, mesh, storage=False)
+    for fqn, graph, _ in calls(typed.forward, typed.backward, ""):
+        for position, step in graph.transitions.items():
+            name = absolute(fqn, graph.names[position])
+            found += divisors(
+                step.entry,
+                name,
+                graph.graph.values[graph.graph.nodes[position].args[0].index].shape,
+                known,
+                mesh,
+                storage=False,
+            )
+        for position, facts in graph.divides.items():
+            node = graph.graph.nodes[position]
+            for axes, number in facts:
+                found.append(Constraint(axes, number, "", absolute(fqn, node.path), node.location))
+    return strongest(found)

@@ -6,6 +6,7 @@ from typing import Any
 
 from attrs import field, frozen
 
+from shardspec.constraints import Constraint
 from shardspec.layout import Layout, canonical
 from shardspec.mesh import Mesh
 from shardspec.moves import Move
@@ -153,6 +154,8 @@ class Plan:
     """Module -> attribute -> its local value."""
     loss: LossPlan | None = None
     output: tuple[Layout, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
+    """What the sizes of the mesh's axes must divide, for a mesh with the same axes larger than one."""
     last_unit: str = ""
     """The unit that runs last, which stays gathered until its backward."""
     legal: Any = field(default=None, eq=False, repr=False)

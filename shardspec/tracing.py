@@ -5,8 +5,8 @@ import functools
 import inspect
 import os
 import sys
-import types
 import traceback
+import types
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any

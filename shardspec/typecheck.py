@@ -9,12 +9,12 @@ from shardspec.infer import Inference
 from shardspec.layout import Layout
 from shardspec.mesh import Mesh
 from shardspec.program import Program, Ref, tensors
-from shardspec.rules import attention, contraction, index, loss, pointwise, random, reduction, view
+from shardspec.rules import attention, contraction, convolution, index, loss, pointwise, random, reduction, view
 from shardspec.rules.fit import layout_of
 from shardspec.rules.parse import Entry
 from shardspec.stages import Claims, TypedProgram
 
-OPERATOR_FAMILIES = (attention, contraction, index, loss, pointwise, random, reduction, view)
+OPERATOR_FAMILIES = (attention, contraction, convolution, index, loss, pointwise, random, reduction, view)
 """Importing a family registers its rules."""
 
 

@@ -1,6 +1,7 @@
 """Products that sum over a factor: linear, matmul and their kin."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -18,12 +19,19 @@ from shardspec.rules.operator import (
 aten = torch.ops.aten
 
 
-def _with_bias(
-    call: Call, labels: list[list[Label]], out: list[Label], bias: int | None, bias_labels: list[Label]
+def with_bias(
+    call: Call,
+    labels: list[list[Label]],
+    out: list[Label],
+    bias: int | None,
+    bias_labels: list[Label],
+    *,
+    whole: Iterable[Label] = (),
+    out_sizes: Mapping[Any, int] | None = None,
 ) -> Typed:
     """A product of two operands, and a bias that is added to it."""
     if bias is None:
-        return unify(call, labels, [out], linear=PRODUCT)
+        return unify(call, labels, [out], linear=PRODUCT, whole=whole, out_sizes=out_sizes)
     order = [index for index in range(len(call.types)) if index != bias]
     product = Call(
         call.node,
@@ -32,7 +40,7 @@ def _with_bias(
         call.sizes,
         tuple(call.refs[i] for i in order),
     )
-    typed = unify(product, labels, [out], linear=PRODUCT)
+    typed = unify(product, labels, [out], linear=PRODUCT, whole=whole, out_sizes=out_sizes)
     added = Call(
         call.node,
         call.values,
@@ -56,7 +64,7 @@ def linear(call: Call) -> Typed:
     bias = 2 if len(call.types) > 2 else None
     weight: list[Label] = ["o", "i"] if len(call.shape(1)) == 2 else ["i"]
     out: list[Label] = [*lead, "o"] if len(weight) == 2 else list(lead)
-    return _with_bias(call, [[*lead, "i"], weight], out, bias, ["o"])
+    return with_bias(call, [[*lead, "i"], weight], out, bias, ["o"])
 
 
 @rule(aten.mm.default)
@@ -78,7 +86,7 @@ def addmm(call: Call) -> Typed:
     names: list[Label] = [
         None if length == 1 else label for length, label in zip(shape, ["m", "n"][-len(shape) :], strict=True)
     ]
-    return _with_bias(call, [["m", "k"], ["k", "n"]], ["m", "n"], 0, names)
+    return with_bias(call, [["m", "k"], ["k", "n"]], ["m", "n"], 0, names)
 
 
 @rule(aten.baddbmm.default)
@@ -87,7 +95,7 @@ def baddbmm(call: Call) -> Typed:
     shape = call.shape(0)
     every = ["b", "m", "n"][-len(shape) :]
     names: list[Label] = [None if length == 1 else label for length, label in zip(shape, every, strict=True)]
-    return _with_bias(call, [["b", "m", "k"], ["b", "k", "n"]], ["b", "m", "n"], 0, names)
+    return with_bias(call, [["b", "m", "k"], ["b", "k", "n"]], ["b", "m", "n"], 0, names)
 
 
 @rule(aten.mv.default)

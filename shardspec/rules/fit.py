@@ -1,9 +1,10 @@
 """Fit specs to shapes: the sizes of factors, and the layout that a spec gives a tensor."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from shardspec.constraints import Constraint
 from shardspec.diagnostics import Diagnostic
-from shardspec.layout import SUM, Digit, Layout, canonical
+from shardspec.layout import SUM, Digit, Layout, canonical, local_size
 from shardspec.mesh import Mesh, degree
 from shardspec.rules.parse import STORAGE_AXES, Entry, MeshEdit, Sizes, Storage
 from shardspec.spec import Dim, Spec
@@ -118,15 +119,41 @@ def layout_of(
     problem: Diagnostic | None = None
     for index, (dim, length) in enumerate(zip(dims_of(entry.spec, len(shape)), shape, strict=True)):
         kept = [axis for axis in dim.all_axes if mesh[axis] > 1]
-        if storage and any(axis in STORAGE_AXES for axis in kept):
-            stored = Storage(index, tuple(axis for axis in kept if axis in STORAGE_AXES))
         live = [axis for axis in kept if not (storage and axis in STORAGE_AXES)]
         digits, error = _digits(dim, length, live, known, mesh)
         if error and problem is None:
             problem = _uneven(entry, name, dim, error, mesh, live)
         dims.append(canonical(digits))
+        if storage and any(axis in STORAGE_AXES for axis in kept):
+            stored = Storage(index, tuple(axis for axis in kept if axis in STORAGE_AXES))
+            if problem is None and uneven_storage(stored, local_size(dims[-1]), mesh):
+                problem = _uneven(entry, name, dim, (str(dim), length, True), mesh, [*live, *stored.axes])
     pending = tuple(sorted((axis, SUM) for axis in entry.spec.pending if mesh[axis] > 1))
     return Layout(tuple(dims), pending), stored, problem
+
+
+def uneven_storage(stored: Storage, rows: int, mesh: Mesh) -> bool:
+    """Whether FSDP2 cannot store the rows: only along dim 0, and over one axis, does it pad uneven ones."""
+    return (stored.dim != 0 or len(stored.axes) > 1) and rows % degree(mesh, stored.axes) != 0
+
+
+def divisors(
+    entry: Entry, name: str, shape: Sequence[int], known: Mapping[str, int], mesh: Mesh, *, storage: bool
+) -> Iterator[Constraint]:
+    """What must divide what for `layout_of` to give a layout, whatever the sizes of the axes."""
+    for index, (dim, length) in enumerate(zip(dims_of(entry.spec, len(shape)), shape, strict=True)):
+        kept = tuple(axis for axis in dim.all_axes if mesh[axis] > 1)
+        live = tuple(axis for axis in kept if not (storage and axis in STORAGE_AXES))
+        place = entry.location
+        for factor in dim.factors:
+            own = tuple(axis for axis in factor.axes if axis in live)
+            size = length if len(dim.factors) == 1 else factor.size or known.get(factor.name)
+            if own and size is not None:
+                yield Constraint(own, size, factor.name, name, place)
+        if live:
+            yield Constraint(live, length, dim.factors[0].name if len(dim.factors) == 1 else str(dim), name, place)
+        if storage and kept != live and (index != 0 or len(kept) - len(live) > 1):
+            yield Constraint(kept, length, str(dim), name, place)
 
 
 def _digits(
@@ -137,13 +164,7 @@ def _digits(
         return [length], None
     digits: list[Digit] = []
     rest = length
-    group = [axis for axis in dim.axes if axis in live]
     last = max((i for i, factor in enumerate(dim.factors) if any(axis in live for axis in factor.axes)), default=-1)
-    if group:
-        digits += group
-        rest, left = divmod(rest, degree(mesh, tuple(group)))
-        if left:
-            return [length], (str(dim), length, True)
     for index, factor in enumerate(dim.factors[: last + 1]):
         axes = tuple(axis for axis in factor.axes if axis in live)
         size = factor.size or known.get(factor.name)
@@ -159,7 +180,12 @@ def _digits(
             rest //= size
         else:
             rest //= share
-    return [*digits, rest], None
+    # The group's own axes divide what those inside it left, as one run of rows.
+    group = tuple(axis for axis in dim.axes if axis in live)
+    before = local_size(canonical(digits))
+    if group and (before != 1 or rest % degree(mesh, group)):
+        return [length], (str(dim), length, True)
+    return [*digits, *group, rest // degree(mesh, group)], None
 
 
 def _uneven(

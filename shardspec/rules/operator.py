@@ -43,6 +43,8 @@ class Typed:
     """What each operand was read as; its dims that are still uniform may have any local length."""
     local: dict[str, Any] = field(factory=dict)
     """Argument name -> the value that the local call must have, where it is not the global one."""
+    divides: tuple[tuple[tuple[str, ...], int], ...] = ()
+    """(axes, number): the product of the axes' sizes must divide the number, for a cut to miss them."""
     lowering: str = ""
     """Names the local form, where the local call is not the same operator on local tensors."""
 

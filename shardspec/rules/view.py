@@ -63,6 +63,7 @@ def view(call: Call) -> Typed:
     dims: list[DimLayout] = [()] * len(after)
     same: set[int] = set()
     still: set[int] = set()
+    divides: list[tuple[tuple[str, ...], int]] = []
     for one, two in _groups(before, after) if 0 not in before else []:
         try:
             parts = split(flatten(kind.layout.dims[i] for i in one), [after[j] for j in two], call.sizes)
@@ -70,11 +71,22 @@ def view(call: Call) -> Typed:
             raise _cut(call, error, one, two) from error
         for j, part in zip(two, parts, strict=True):
             dims[j] = part
+            divides += cuts(part, after[j]) if len(two) > 1 else []
         if all(i in kind.uniform for i in one):
             same.update(two)
             still.update(one)
     layout = Layout(tuple(dims), kind.layout.pending)
-    return Typed((Type(layout, frozenset(same)),), (Type(kind.layout, frozenset(still)), *call.types[1:]))
+    read = (Type(kind.layout, frozenset(still)), *call.types[1:])
+    return Typed((Type(layout, frozenset(same)),), read, divides=tuple(divides))
+
+
+def cuts(part: DimLayout, length: int) -> list[tuple[tuple[str, ...], int]]:
+    """What must divide `length` for a cut dim to hold its axes, whatever their sizes."""
+    axes = dim_axes(part)
+    if not axes:
+        return []
+    prefix = local_size(part[: part.index(axes[0])])
+    return [(axes, length // prefix)]
 
 
 def _cut(call: Call, error: CutError, one: Sequence[int], two: Sequence[int]) -> Refusal:

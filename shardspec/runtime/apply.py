@@ -74,18 +74,23 @@ class LocalModel:
         writes = self.written.get(self.module.training)
         for name, places in self.buffers.items():
             lent = buffers[name].clone() if writes is None or name in writes else buffers[name]
-            self.versions[name] = (lent, lent._version)  # noqa: SLF001
+            self.versions[name] = (lent, lent._version)
             for module, leaf in places:
-                module._buffers[leaf] = lent  # noqa: SLF001
+                module._buffers[leaf] = lent
+
+    def held_buffers(self) -> dict[str, Tensor]:
+        """The persistent buffers as they lie in the module."""
+        held = {name: places[0][0]._buffers[places[0][1]] for name, places in self.buffers.items()}
+        return {name: buffer for name, buffer in held.items() if buffer is not None}
 
     def take_buffers(self) -> dict[str, Tensor]:
-        """The persistent buffers after a forward."""
-        found = {name: places[0][0]._buffers[places[0][1]] for name, places in self.buffers.items()}  # noqa: SLF001
+        """The persistent buffers after a forward that they were lent to."""
+        held = self.held_buffers()
         writes = self.written.setdefault(self.module.training, set())
         for name, (lent, version) in self.versions.items():
-            if found[name] is not lent or lent._version != version:  # noqa: SLF001
+            if held[name] is not lent or lent._version != version:
                 writes.add(name)
-        return {name: buffer for name, buffer in found.items() if buffer is not None}
+        return held
 
     def gradients(self) -> dict[str, Tensor]:
         """First name -> local gradient, for the trained parameters; zeros where the loss does not reach one."""
@@ -169,7 +174,7 @@ def _localise(module: nn.Module, params: Mapping[str, ParamPlan], fabric: Fabric
     made: dict[str, nn.Parameter] = {}
     for path, child in module.named_modules():
         prefix = f"{path}." if path else ""
-        for name, tensor in list(child._parameters.items()):  # noqa: SLF001
+        for name, tensor in list(child._parameters.items()):
             if tensor is None:
                 continue
             plan = params[prefix + name]

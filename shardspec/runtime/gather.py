@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from shardspec.torch_private import local_of
 
@@ -17,8 +17,13 @@ def gather(tensor: Tensor) -> Tensor:
     """
     if not isinstance(tensor, DTensor):
         return tensor
-    local, mesh = local_of(tensor).detach(), tensor.device_mesh
-    for position, rows in reversed(list(enumerate(_rows(tensor)))):
+    if any(placement.is_partial() for placement in tensor.placements):
+        kept = [Replicate() if placement.is_partial() else placement for placement in tensor.placements]
+        tensor = tensor.redistribute(placements=kept)
+    local, mesh, found = local_of(tensor).detach(), tensor.device_mesh, _rows(tensor)
+    if all(rows is None for rows in found):
+        return local.clone()  # a step would write to the state's own
+    for position, rows in reversed(list(enumerate(found))):
         if rows is None:
             continue
         dim, every, length = rows

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate
 
 from shardspec.batch import batch_key, check_rows
 from shardspec.claims import survey
@@ -47,6 +47,8 @@ class Sharded:
         own, self.source = build_source(model)
         self.local: LocalModel = apply(own, self.params, self.units, self.attributes, self.fabric, policy)
         self.specs: Specs = self._specs()
+        self.buffers: dict[str, Tensor] = self.local.held_buffers()
+        """What persistent buffers are in a new state."""
         self.wiring = Wiring(self.fabric)
         self.programs: dict[Any, Plan] = {}
         self._hooked: set[tuple[str, str]] = set()
@@ -199,6 +201,7 @@ class Sharded:
             except (NotReplayable, LookupError) as error:
                 problems.append(_no_value(name, str(error.args[-1] if isinstance(error, LookupError) else error)))
         settle([*problems, *self._hollow_buffers()])
+        agree(self.mesh.world, "the state", lambda: (None, {"seed": str(seed)}))
         return self.state(locals_, optimizer, seed)
 
     def _initial(self, name: str, seed: int, init: Mapping[str, Callable[[Tensor], Any]]) -> Tensor:
@@ -235,25 +238,30 @@ class Sharded:
         """A state with given weights: whole tensors (or DTensors) by name; `init` uses them from then on.
 
         Raises:
-            ShardingError: SS404 that lists every missing, surplus or misshapen entry.
+            ShardingError: SS404 that lists every missing, surplus or misshapen entry; SS403 where ranks give
+                different weights.
         """
-        settle(self._misfits(state_dict))
+
+        def fits() -> tuple[None, Mapping[str, str]]:
+            settle(self._misfits(state_dict))
+            plain = ((name, item) for name, item in state_dict.items() if not isinstance(item, DTensor))
+            return None, {"seed": str(seed), "weights": fingerprint(plain) if self.mesh.world > 1 else ""}
+
+        agree(self.mesh.world, "the state dict", fits)
         for name in self.local.params:
-            given = state_dict[name] if name in state_dict else self._tied(name, state_dict)
-            self.source.tensors[name] = full(given).detach()
-        for name, plan in self.params.items():
-            if plan.buffer and name in state_dict:
-                path, _, leaf = name.rpartition(".")
-                part = local_part(full(state_dict[name]), plan.layout, self.fabric.coordinate, self.mesh)
-                self.module.get_submodule(path)._buffers[leaf] = part.to(self.fabric.device)  # noqa: SLF001
+            self.source.tensors[name] = full(state_dict[self._given(name, state_dict)]).detach()
+        for name in self.buffers:
+            whole = full(state_dict[self._given(name, state_dict)])
+            part = local_part(whole, self.params[name].layout, self.fabric.coordinate, self.mesh)
+            self.buffers[name] = part.detach().to(self.fabric.device, copy=True)
+        self.local.lend_buffers(self.buffers)
         settle(self._hollow_buffers())
         locals_ = {name: self._initial(name, seed, {}) for name in self.local.params}
         return self.state(locals_, optimizer, seed)
 
-    def _tied(self, name: str, state_dict: Mapping[str, Tensor]) -> Tensor:
-        return next(
-            state_dict[other] for other, plan in self.params.items() if plan.first == name and other in state_dict
-        )
+    def _given(self, first: str, state_dict: Mapping[str, Tensor]) -> str:
+        """The name by which a tensor is in a state dict: any of those that it has in the model."""
+        return next(name for name, plan in self.params.items() if plan.first == first and name in state_dict)
 
     def _misfits(self, state_dict: Mapping[str, Tensor]) -> list[Diagnostic]:
         found: list[Diagnostic] = []
@@ -261,8 +269,17 @@ class Sharded:
         for name, plan in self.params.items():
             names[plan.first].append(name)
         for first, every in names.items():
-            if not self.params[first].buffer and not any(name in state_dict for name in every):
+            given = [state_dict[name] for name in every if name in state_dict]
+            if not given and (self.params[first].persistent or not self.params[first].buffer):
                 found.append(Diagnostic(code="SS404", what=f"the state dict has no {first}"))
+            if any(not same_tensor(given[0], other) for other in given[1:]):
+                found.append(
+                    Diagnostic(
+                        code="SS404",
+                        what=f"{' and '.join(every)} are one tensor, and the state dict has two",
+                        why="their values differ",
+                    )
+                )
         for name, tensor in state_dict.items():
             plan = self.params.get(name)
             if plan is None:
@@ -286,17 +303,12 @@ class Sharded:
         if optimizer is not None and optimizer.check is not None:
             optimizer.check(trained)
         opt = None if optimizer is None else OptState(optimizer, optimizer.init(trained), self.specs)
-        buffers = {
-            name: buffer
-            for name, buffer in self.module.named_buffers()
-            if self.params[name].persistent and buffer is not None
-        }
         return TrainState(
             step=0,
             rng=seed,
             home=self,
             params=Store(locals_, self.specs),
-            buffers=Store(buffers, self.specs),
+            buffers=Store(dict(self.buffers), self.specs),
             opt=opt,
         )
 
@@ -314,7 +326,18 @@ class Sharded:
         }
 
     def check_state(self, state: TrainState) -> None:
-        """SS407 for a state that another sharding made."""
+        """SS407 for what is no state, or one that another sharding made.
+
+        Raises:
+            DonatedError: for a state that a step has consumed.
+        """
+        if not isinstance(state, TrainState):
+            refuse(
+                "SS407",
+                f"a step takes (state, batch), and was given a {type(state).__name__} for a state",
+                why="a state is what sharded.init, sharded.load or a step returns",
+            )
+        state.live()
         if state.home is not self and state.home.key != self.key:
             refuse(
                 "SS407",
@@ -327,22 +350,32 @@ class Sharded:
         """The local tensors of a dict of parameters, foreign ones too.
 
         Raises:
-            ShardingError: SS407 for a missing name or another local shape.
+            ShardingError: SS407 for a missing or unknown name, or one that lies otherwise than the plan says.
         """
-        found: dict[str, Tensor] = {}
-        for name, plan in self.local.params.items():
-            if name not in params:
-                refuse(
-                    "SS407",
-                    f"the parameters have no {name}",
-                    why="grad_fn takes a tensor for every parameter",
-                )
-            local = local_of(params[name])
-            wanted = stored_shape(plan, self.fabric.coordinate, self.mesh)
-            if tuple(local.shape) != wanted:
-                refuse("SS407", f"{name} has local shape {tuple(local.shape)}, this plan stores {wanted}")
-            found[name] = local
-        return found
+        surplus = [name for name in params if name not in self.local.params]
+        missing = [name for name in self.local.params if name not in params]
+        if surplus or missing:
+            refuse(
+                "SS407",
+                f"the parameters have no {missing[0]}" if missing else f"{surplus[0]} is no parameter of this plan",
+                why="grad_fn takes a tensor for every parameter, and nothing else",
+            )
+        return {name: self.local_like(name, params[name], "parameter") for name in self.local.params}
+
+    def local_like(self, name: str, tensor: Tensor, what: str) -> Tensor:
+        """The local part of a tensor that lies as the plan says of the parameter of that name; else SS407."""
+        plan, spec = self.params[name], self.specs[name]
+        local = local_of(tensor)
+        wanted = stored_shape(plan, self.fabric.coordinate, self.mesh)
+        if tuple(local.shape) != wanted:
+            why = f"this rank's part has shape {tuple(local.shape)}, the plan's {wanted}"
+        elif str(local.dtype) != f"torch.{plan.dtype}":
+            why = f"it is {local.dtype}, the plan's is torch.{plan.dtype}"
+        elif isinstance(tensor, DTensor) and tuple(tensor.placements) != tuple(spec.placements):
+            why = f"its placements are {tensor.placements}, the plan's {spec.placements}"
+        else:
+            return local
+        return refuse("SS407", f"the {what} {name} does not fit this plan", why=why)
 
     def copy_locals(self, locals_: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same values in storage of their own."""
@@ -376,6 +409,13 @@ def fingerprint(values: Iterable[tuple[str, Tensor]]) -> str:
             some = tensor.detach().reshape(-1)[:: -(-tensor.numel() // SAMPLES)].contiguous()
             digest.update(name.encode() + bytes(some.cpu().view(torch.uint8).tolist()))
     return digest.hexdigest()
+
+
+def same_tensor(one: Tensor, two: Tensor) -> bool:
+    """Whether two entries of a state dict hold the same; DTensors are not put together to see."""
+    if one is two or isinstance(one, DTensor) or isinstance(two, DTensor):
+        return True
+    return one.shape == two.shape and one.dtype == two.dtype and torch.equal(one, two)
 
 
 def placements_of_one(mesh: Any) -> tuple[Any, ...]:

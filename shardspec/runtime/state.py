@@ -103,6 +103,8 @@ class _Held:
     buffers: Store
     opt: OptState | None
     donated: str = ""
+    finite: "Finite | None" = None
+    """Whether the step that made the state was finite, until somebody has asked."""
 
 
 @frozen(eq=False, init=False)
@@ -123,8 +125,18 @@ class TrainState:
     """The `Sharded` that made it: static."""
     held: _Held = field(repr=False)
 
-    def __init__(self, *, step: int, rng: int, home: Any, params: Store, buffers: Store, opt: OptState | None) -> None:
-        self.__attrs_init__(step, rng, home, _Held(params, buffers, opt))  # pyright: ignore[reportAttributeAccessIssue]
+    def __init__(
+        self,
+        *,
+        step: int,
+        rng: int,
+        home: Any,
+        params: Store,
+        buffers: Store,
+        opt: OptState | None,
+        finite: "Finite | None" = None,
+    ) -> None:
+        self.__attrs_init__(step, rng, home, _Held(params, buffers, opt, finite=finite))  # pyright: ignore[reportAttributeAccessIssue]
 
     def live(self) -> _Held:
         """What the state holds.
@@ -153,6 +165,16 @@ class TrainState:
     def opt_state(self) -> OptState | None:
         """The optimizer's state."""
         return self.live().opt
+
+    def check_finite(self) -> None:
+        """Tell, once, that the step which made the state was not finite.
+
+        Raises:
+            NonFiniteError: then; the state holds what was there before that step.
+        """
+        finite, self.held.finite = self.held.finite, None
+        if finite is not None:
+            finite.check()
 
     def donate(self, to: str) -> None:
         """Consume the state."""

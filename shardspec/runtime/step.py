@@ -1,6 +1,7 @@
 """Pure steps: forward, backward, one reduction of what is owed, one of the scalars, one update."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -8,7 +9,6 @@ import torch
 import torch.distributed as dist
 from attrs import define, evolve
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from shardspec.diagnostics import refuse
 from shardspec.lower import reduced_by_hand
@@ -17,7 +17,7 @@ from shardspec.plan import LossPlan, ParamPlan, Plan
 from shardspec.runtime.attach import Local
 from shardspec.runtime.sharded import Batch, LossFn, Sharded
 from shardspec.runtime.state import Finite, Metric, OptState, Store, TrainState, copy_tree, next_rng
-from shardspec.torch_private import foreach_copy_, foreach_norm, local_of, view_as_dtensor
+from shardspec.torch_private import foreach_copy_, foreach_norm, view_as_dtensor
 
 Metrics = dict[str, Tensor]
 
@@ -141,42 +141,56 @@ def train_step(
 
     Raises:
         ShardingError: where the loss or the batch does not fit, before anything runs.
-        NonFiniteError: where the step before met a loss or gradient that is not finite.
+        NonFiniteError: where the step that made the state met a loss or gradient that is not finite.
     """
-    last: list[Finite] = []
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        if last:
-            last.pop().check()
         sharded.check_state(state)
-        held = state.live()
-        if held.opt is None:
-            refuse("SS407", "the state has no optimizer", advice=("give sharded.init or sharded.load one",))
+        state.check_finite()
+        held = with_optimizer(state)
         plan = sharded.program(batch, loss_fn)
         assert plan.loss is not None, "a step's plan knows its loss"
-        sharded.local.bind(held.params.locals)
-        sharded.local.clear_gradients()
-        sums = run(sharded, plan, batch, loss_fn, rng=state.rng, backward=True)
-        grads = sharded.local.gradients()
-        reduce_owed(sharded, plan, grads)
-        square = squared_norm(sharded, plan.params, grads)
-        total, weight, squared = reduce_scalars(sharded, plan.loss, sums, square)
-        weight = weight.clamp(min=1.0) if _counts(sums) else weight
+        with lent(sharded, held.params.locals, held.buffers.locals):
+            sums = run(sharded, plan, batch, loss_fn, rng=state.rng, backward=True)
+            grads = sharded.local.gradients()
+            reduce_owed(sharded, plan, grads)
+            square = squared_norm(sharded, plan.params, grads)
+            total, weight, squared = reduce_scalars(sharded, plan.loss, sums, square)
+        weight = divisor(weight, sums)
         norm = squared.sqrt() / weight
         scale = weight / clip_factor(norm, clip)
-        found_inf = (~torch.isfinite(total + squared)).to(torch.float32)
-        finite = Finite(state.step + 1, found_inf)
-        new = updated(state, grads, scale, found_inf, donate=donate, by="train_step")
+        finite = Finite(state.step + 1, (~torch.isfinite(total + squared)).to(torch.float32))
+        new = updated(state, grads, sharded.local.take_buffers(), scale, finite, donate=donate, by="train_step")
         sharded.local.clear_gradients()
-        last.append(finite)
         return new, metrics_of(new, finite, loss=total / weight, weight=weight, grad_norm=norm)
 
     return step
 
 
-def _counts(sums: Sums) -> bool:
-    """Whether the weight may be zero: a tensor counts tokens, and all may be masked."""
-    return isinstance(sums.weight, Tensor)
+@contextmanager
+def lent(sharded: Sharded, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
+    """Have the model compute with these, without gradients so far; leave nothing behind where that fails."""
+    sharded.local.bind(params)
+    sharded.local.lend_buffers(buffers)
+    sharded.local.clear_gradients()
+    try:
+        yield
+    except BaseException:
+        sharded.local.reset()
+        raise
+
+
+def with_optimizer(state: TrainState) -> Any:
+    """What a state holds; SS407 where it has no optimizer."""
+    held = state.live()
+    if held.opt is None:
+        refuse("SS407", "the state has no optimizer", advice=("give sharded.init or sharded.load one",))
+    return held
+
+
+def divisor(weight: Tensor, sums: Sums) -> Tensor:
+    """What the loss is divided by: 1 where nothing counts, for all labels may be masked."""
+    return weight + (weight == 0) if isinstance(sums.weight, Tensor) else weight
 
 
 def metrics_of(state: TrainState, finite: Finite, **values: Tensor) -> Metrics:
@@ -189,19 +203,25 @@ def metrics_of(state: TrainState, finite: Finite, **values: Tensor) -> Metrics:
 
 
 def updated(
-    state: TrainState, grads: Mapping[str, Tensor], scale: Tensor, found_inf: Tensor, *, donate: bool, by: str
+    state: TrainState,
+    grads: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    scale: Tensor,
+    finite: Finite,
+    *,
+    donate: bool,
+    by: str,
 ) -> TrainState:
-    """The state after an update with local gradients that are to be divided by `scale`; skipped where `found_inf`."""
+    """The state after an update with local gradients that are to be divided by `scale`; the same where not finite."""
     held = state.live()
     assert held.opt is not None, "an update needs an optimizer"
-    optimizer, raw = held.opt.optimizer, held.opt.raw
-    params = held.params.locals
-    buffers = held.buffers.locals
-    if donate:
-        state.donate(by)
+    optimizer, raw, found_inf = held.opt.optimizer, held.opt.raw, finite.found_inf
+    params, old_buffers = held.params.locals, held.buffers.locals
     if optimizer.apply_ is not None:
-        if not donate:
-            params, raw, buffers = state.home.copy_locals(params), copy_tree(raw), copy_tree(buffers)
+        if donate:
+            state.donate(by)
+        else:
+            params, raw = state.home.copy_locals(params), copy_tree(raw)
         trained = {name: params[name] for name in grads}
         exact = next(iter(trained.values())).dtype == torch.float64 if trained else False
         with torch.no_grad():
@@ -215,12 +235,21 @@ def updated(
         fresh, fresh_raw = optimizer.update(divided, raw, trained, state.step + 1)
         params = {**params, **{name: torch.where(found_inf > 0, params[name], fresh[name]) for name in fresh}}
         raw = _select(found_inf, raw, fresh_raw)
-    store = Store(params, held.params.specs)
-    opt = evolve_opt(held.opt, raw)
+        if donate:
+            state.donate(by)
+    kept = {
+        name: new if new is old_buffers[name] else torch.where(found_inf > 0, old_buffers[name], new)
+        for name, new in buffers.items()
+    }
     return TrainState(
-        step=state.step + 1, rng=next_rng(state.rng), home=state.home, params=store,
-        buffers=Store(buffers, held.buffers.specs), opt=opt,
-    )  # fmt: skip
+        step=state.step + 1,
+        rng=next_rng(state.rng),
+        home=state.home,
+        params=Store(params, held.params.specs),
+        buffers=Store(kept, held.buffers.specs),
+        opt=evolve_opt(held.opt, raw),
+        finite=finite,
+    )
 
 
 def evolve_opt(opt: OptState, raw: Any) -> OptState:
@@ -235,7 +264,8 @@ def _select(found_inf: Tensor, old: Any, new: Any) -> Any:
     if isinstance(new, dict):
         return {key: _select(found_inf, old[key], value) for key, value in new.items()}
     if isinstance(new, (list, tuple)):
-        return type(new)(_select(found_inf, one, two) for one, two in zip(old, new, strict=True))
+        items = [_select(found_inf, one, two) for one, two in zip(old, new, strict=True)]
+        return type(new)(*items) if hasattr(new, "_fields") else type(new)(items)
     return new
 
 
@@ -245,13 +275,12 @@ def value_and_grad(sharded: Sharded, loss_fn: LossFn) -> Callable[..., Any]:
     def grad_fn(params: Mapping[str, Tensor], batch: Batch, rng: int = 0) -> Any:
         plan = sharded.program(batch, loss_fn)
         assert plan.loss is not None, "a step's plan knows its loss"
-        sharded.local.bind(sharded.locals_of(params))
-        sharded.local.clear_gradients()
-        sums = run(sharded, plan, batch, loss_fn, rng=rng, backward=True)
-        grads = sharded.local.gradients()
-        reduce_owed(sharded, plan, grads)
-        total, weight, _ = reduce_scalars(sharded, plan.loss, sums, None)
-        weight = weight.clamp(min=1.0) if _counts(sums) else weight
+        with lent(sharded, sharded.locals_of(params), sharded.local.held_buffers()):
+            sums = run(sharded, plan, batch, loss_fn, rng=rng, backward=True)
+            grads = sharded.local.gradients()
+            reduce_owed(sharded, plan, grads)
+            total, weight, _ = reduce_scalars(sharded, plan.loss, sums, None)
+        weight = divisor(weight, sums)
         sharded.local.clear_gradients()
         scaled = {
             name: view_as_dtensor(grad / weight.to(grad.dtype), sharded.specs[name]) for name, grad in grads.items()
@@ -267,25 +296,28 @@ def update(
 ) -> TrainState:
     """Update a state with global, normalised gradients, as `value_and_grad` gives them; consumes the state.
 
+    Parameters without a gradient stay as they are.
+
     Raises:
         DonatedError: for a state that was consumed already.
-        ShardingError: SS407 for gradients of parameters that the state does not have.
+        ShardingError: SS407 for gradients of parameters that the state does not train, or of another layout.
+        NonFiniteError: where the update that made the state met a gradient that is not finite.
     """
     home: Sharded = state.home
-    held = state.live()
-    if held.opt is None:
-        refuse("SS407", "the state has no optimizer", advice=("give sharded.init or sharded.load one",))
+    home.check_state(state)
+    state.check_finite()
+    held = with_optimizer(state)
     local: dict[str, Tensor] = {}
     for name, grad in grads.items():
-        if name not in held.params.locals:
-            refuse("SS407", f"a gradient is given for {name}, which the state does not have")
-        local[name] = local_of(grad).clone() if isinstance(grad, DTensor) else grad.clone()
+        if name not in held.params.locals or not home.params[name].trained:
+            refuse("SS407", f"a gradient is given for {name}, which is no parameter that this state trains")
+        local[name] = home.local_like(name, grad, "gradient of").clone()
     square = squared_norm(home, home.params, local)
     if home.mesh.world > 1:
         dist.all_reduce(square, group=home.fabric.group(home.mesh.axes))
-    found_inf = (~torch.isfinite(square)).to(torch.float32)
+    finite = Finite(state.step + 1, (~torch.isfinite(square)).to(torch.float32))
     scale = 1.0 / clip_factor(square.sqrt(), clip)
-    return updated(state, local, scale, found_inf, donate=donate, by="update")
+    return updated(state, local, held.buffers.locals, scale, finite, donate=donate, by="update")
 
 
 def eval_step(sharded: Sharded, loss_fn: LossFn) -> Callable[[TrainState, Batch], Metrics]:
@@ -295,17 +327,18 @@ def eval_step(sharded: Sharded, loss_fn: LossFn) -> Callable[[TrainState, Batch]
         sharded.check_state(state)
         plan = sharded.program(batch, loss_fn, training=False)
         assert plan.loss is not None, "a step's plan knows its loss"
-        sharded.local.bind(state.live().params.locals)
-        was = sharded.module.training
+        held = state.live()
+        modes = {module: module.training for module in sharded.module.modules()}
         sharded.module.eval()
         try:
-            with torch.no_grad():
+            with lent(sharded, held.params.locals, held.buffers.locals), torch.no_grad():
                 sums = run(sharded, plan, batch, loss_fn, backward=False)
         finally:
-            sharded.module.train(was)
-            sharded.local.reshard()
+            for module, mode in modes.items():
+                module.training = mode
+            sharded.local.reset()
         total, weight, _ = reduce_scalars(sharded, plan.loss, sums, None)
-        weight = weight.clamp(min=1.0) if _counts(sums) else weight
+        weight = divisor(weight, sums)
         return {"loss": total / weight, "weight": weight}
 
     return evaluate
