@@ -3,7 +3,7 @@
     python -m benchmarks.bench [--quick] [--json PATH]
 
 Each plan's sides step in turn in the same ranks; the ratio is the median of the paired ones, with a
-95 % bootstrap interval, against the faster hand-written form. A plan fails only where the whole
+95 % bootstrap interval, against the faster hand-written form. A rank has one thread. A plan fails only where the whole
 interval lies above its budget. The check of a 405B model for 16,384 ranks is timed against a plain meta
 forward of it, and against the same model with 4 layers. Status 1: something failed.
 """
@@ -140,10 +140,9 @@ def run_case(case: Case, config: LlamaConfig, options: argparse.Namespace) -> Re
 
 
 def measure_case(
-    _rank: int, world: int, case: Case, config: LlamaConfig, rows: int, rounds: int, warmup: int
+    _rank: int, _world: int, case: Case, config: LlamaConfig, rows: int, rounds: int, warmup: int
 ) -> tuple[dict[str, list[float]], dict[str, int], dict[str, int]]:
     """Build the sides, check that they agree, and return step times, peak bytes and dispatched calls."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     batch = make_batch(config, rows)
     with resident_bytes() as resident:
         ours = Sharded(config=config, case=case, batch=batch)

@@ -8,11 +8,12 @@ from torch import nn
 
 from shardspec.diagnostics import Diagnostic, Location
 from shardspec.infer import absolute
+from shardspec.layout import Layout
 from shardspec.mesh import Mesh
 from shardspec.program import Graph, Program
 from shardspec.rules.fit import check_rank, layout_of, learn_sizes
 from shardspec.rules.match import assign, idle_batch_axes
-from shardspec.rules.parse import Entry, ParamClaim, Sizes, Table
+from shardspec.rules.parse import Entry, ParamClaim, Sizes, Storage, Table
 from shardspec.stages import Model, Parameter, Survey
 from shardspec.twin import forward_arguments
 
@@ -53,8 +54,11 @@ def match_params(table: Table, names: Survey, mesh: Mesh) -> tuple[dict[str, Par
     sizes, conflicts = learn_sizes(shaped, table.rules.sizes)
     params: dict[str, ParamClaim] = {}
     uneven: dict[Any, Diagnostic] = {}
+    fitted: dict[tuple[Entry, tuple[int, ...]], tuple[Layout, Storage, Diagnostic | None]] = {}
     for name, entry, shape in shaped:
-        layout, storage, problem = layout_of(entry, name, shape, sizes.known, mesh, storage=True)
+        if (entry, shape) not in fitted:
+            fitted[entry, shape] = layout_of(entry, name, shape, sizes.known, mesh, storage=True)
+        layout, storage, problem = fitted[entry, shape]
         if problem:
             uneven.setdefault((entry, shape), problem)
         known = names.parameters[name]

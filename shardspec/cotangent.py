@@ -136,7 +136,8 @@ class Cotangents:
         moved = {move.axis for move in step.moves}
         axes = sorted(arrived[position] - moved)
         arrived[position] &= moved
-        return Cot(frozenset(), tuple((axis, frozenset({position})) for axis in axes))
+        owed = adopted(typed, typed.graph.nodes[position].args[0].index, Type(step.before))
+        return Cot(owed, tuple((axis, frozenset({position})) for axis in axes if axis not in owed))
 
     def _operator(
         self,
@@ -158,12 +159,12 @@ class Cotangents:
             cots = {index: self._complete(cot, discharged) for index, cot in cots.items()}
         for ref, read in zip(refs, typed.consumed[position], strict=True):
             if ref.index in live:
-                cot = self._operand(typed, read, cots)
+                cot = self._operand(typed, ref.index, read, cots)
                 uses.setdefault(ref.index, []).append((position, cot))
 
-    def _operand(self, typed: TypedGraph, read: Type, cots: dict[int, Cot]) -> Cot:
+    def _operand(self, typed: TypedGraph, operand: int, read: Type, cots: dict[int, Cot]) -> Cot:
         """Rule of the design: a replicated operand's cotangent is owed where an output is split or pending."""
-        owed: set[str] = set()
+        owed = set(adopted(typed, operand, read))
         held: dict[str, frozenset[int]] = {}
         for axis in self.inference.sizes:
             if axis in read.layout.sharded or read.layout.pending_kind(axis):
@@ -246,6 +247,14 @@ class Cotangents:
         """Whether the value is replicated on the axis, so that its cotangent has a state there."""
         kind = typed.types[index]
         return kind is not None and axis not in kind.layout.sharded and not kind.layout.pending_kind(axis)
+
+
+def adopted(typed: TypedGraph, value: int, read: Type) -> frozenset[str]:
+    """The axes that split a use of a value along a dim that is uniform in the value itself.
+
+    Each rank then holds a part of the dim, of whose cotangent `expand` makes a sum: a sum that is owed.
+    """
+    return frozenset(read.layout.sharded.keys() - typed.layout(value).sharded.keys())
 
 
 def differentiable(typed: TypedGraph, live_inputs: tuple[bool, ...] = ()) -> set[int]:

@@ -109,13 +109,13 @@ def check_storage(
     """SS308 for storage over an axis on which the gradient is complete already; SS209 for a stored buffer."""
     seen: set[tuple[str, str]] = set()
     for name, plan in params.items():
-        location = claims.params[name].entry.location
+        entry = claims.params[name].entry
         if plan.buffer and plan.storage:
             yield Diagnostic(
                 code="SS209",
                 what=f"the buffer {name} is stored over {plan.storage[0]}",
                 why="only parameters are gathered before they are used",
-                locations=(location,),
+                locations=(entry.location,),
             )
         for axis in plan.storage if plan.first in owed else ():
             if axis not in owed[plan.first] and (plan.rule, axis) not in seen:
@@ -124,7 +124,7 @@ def check_storage(
                     code="SS308",
                     what=f"{name} is stored over {axis}, and its gradient is complete there",
                     why=f"its gradient would be summed over {axis}, where every rank already holds the whole of it",
-                    locations=(location,),
+                    locations=(entry.location,),
                     advice=(f"take {axis} off the rule, or split what it is used with over {axis}",),
                 )
 
@@ -504,24 +504,23 @@ def constraints(typed: TypedProgram) -> tuple[Constraint, ...]:
     claims, mesh = typed.claims, typed.mesh
     known = claims.sizes.known
     found: list[Constraint] = []
+    split: dict[tuple[Entry, tuple[int, ...]], tuple[str, bool]] = {}
     for name, claim in claims.params.items():
-        found += divisors(claim.entry, name, claim.shape, known, mesh, storage=True)
-    program = typed.program
-    for name, index in program.entries.items():
-        found += divisors(claims.points[name], name, program.values[index].shape, known, mesh, storage=False)
+        split.setdefault((claim.entry, claim.shape), (name, True))
+    for name, index in typed.program.entries.items():
+        split.setdefault((claims.points[name], typed.program.values[index].shape), (name, False))
+    seen: set[int] = set()
     for fqn, graph, _ in calls(typed.forward, typed.backward, ""):
+        if id(graph) in seen:
+            continue
+        seen.add(id(graph))
+        values, nodes = graph.graph.values, graph.graph.nodes
         for position, step in graph.transitions.items():
-            name = absolute(fqn, graph.names[position])
-            found += divisors(
-                step.entry,
-                name,
-                graph.graph.values[graph.graph.nodes[position].args[0].index].shape,
-                known,
-                mesh,
-                storage=False,
-            )
+            shape = values[nodes[position].args[0].index].shape
+            split.setdefault((step.entry, shape), (absolute(fqn, graph.names[position]), False))
         for position, facts in graph.divides.items():
-            node = graph.graph.nodes[position]
-            for axes, number in facts:
-                found.append(Constraint(axes, number, "", absolute(fqn, node.path), node.location))
+            node = nodes[position]
+            found += [Constraint(axes, number, "", absolute(fqn, node.path), node.location) for axes, number in facts]
+    for (entry, shape), (name, storage) in split.items():
+        found += divisors(entry, name, shape, known, mesh, storage=storage)
     return strongest(found)

@@ -44,6 +44,7 @@ def run_move(ranks: Ranks, move: Move, sizes: Mapping[str, int]) -> Ranks:
         elif move.kind == "slice":
             out[place] = take(ranks[place], move.dim, move.outer, n)[mine]
         elif move.kind == "reduce_scatter":
+            assert move.reduce in ("sum", "avg"), "the runtime scatters sums only"
             out[place] = REDUCE[move.reduce]([take(array, move.dim, move.outer, n)[mine] for array in held])
         elif move.kind == "all_reduce":
             out[place] = REDUCE[move.reduce](held)
@@ -227,6 +228,8 @@ SIZES = {"dp": 2, "cp": 2, "tp": 4}
         # An axis that stays where it is, though the digits before it change, does not move.
         (((2, "dp", 4), (8,)), (("cp", "dp", 4), (8,)), [("slice", 0)]),
         ((("cp", "dp", 4), (8,)), ((2, "dp", 4), (8,)), [("all_gather", 0)]),
+        # What goes for good goes first, and makes room for an exchange.
+        ((("dp", 4), ("cp", 4)), ((8,), ("dp", 4)), [("all_gather", 1), ("all_to_all", 0)]),
         # Two axes change places.
         ((("dp", 2), ("cp", 2)), (("cp", 2), ("dp", 2)), [("all_gather", 0), ("all_to_all", 1), ("slice", 1)]),
     ],

@@ -48,6 +48,13 @@ def run(sharded: Sharded, plan: Plan, batch: Batch, loss_fn: LossFn, *, rng: int
         with Local(sharded.wiring, "loss"):
             loss, weight = loss_fn(output, part)
         if backward:
+            if not (isinstance(loss, Tensor) and loss.requires_grad):
+                refuse(
+                    "SS310",
+                    "the loss's sum has no gradient",
+                    why="a step differentiates it, and it depends on no parameter",
+                    advice=("do not detach the sum, nor make a Python number of it",),
+                )
             loss.backward()
         sums.add(loss, weight)
     return sums

@@ -1,7 +1,7 @@
-"""Sharded Llama against the plain program in float64: loss, every gradient, parameters after 5 steps."""
+"""Sharded training against the plain program in float64: loss, every gradient, parameters after 5 steps."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -32,25 +32,19 @@ SIZES = {
 }
 
 
-@attrs.frozen
-class Case:
-    """One mesh with one variant of model and table."""
+@attrs.frozen(eq=False, kw_only=True)
+class Family:
+    """What the comparison needs of a family of models."""
 
-    mesh: str
-    sp: bool = True
-    tied: bool = False
-    accumulate: int = 1
-    remat: bool = False
-
-    @property
-    def world(self) -> int:
-        """The number of ranks."""
-        return ss.Mesh.parse(self.mesh).world
-
-    def __str__(self) -> str:
-        parts = [self.mesh or "one", "sp" if self.sp else "no-sp", "tied" if self.tied else "untied"]
-        parts += [f"accumulate={self.accumulate}"] if self.accumulate > 1 else []
-        return " ".join(parts + (["remat"] if self.remat else []))
+    name: str
+    make: Callable[[bool], nn.Module]
+    """Whether embeddings are tied -> a model whose every path carries gradients far above the tolerance."""
+    rules: Mapping[bool, ss.Rules]
+    """With sequence parallelism or not -> the table."""
+    batch: Callable[[int], dict[str, Tensor]]
+    """Step -> a global batch of 16 rows."""
+    plain_loss: Callable[[nn.Module, dict[str, Tensor]], Tensor]
+    """The mean over the labels that count, by torch's own function."""
 
 
 def all_meshes(limit: int = 8) -> Iterator[str]:
@@ -96,6 +90,38 @@ def make_model(config: LlamaConfig) -> nn.Module:
     return model
 
 
+LLAMA = Family(
+    name="llama",
+    make=lambda tied: make_model(make_config(tied=tied)),
+    rules={True: RULES, False: WITHOUT_SP},
+    batch=make_batch,
+    plain_loss=plain_loss,
+)
+
+
+@attrs.frozen
+class Case:
+    """One mesh with one variant of model and table."""
+
+    mesh: str
+    sp: bool = True
+    tied: bool = False
+    accumulate: int = 1
+    remat: bool = False
+    family: Family = LLAMA
+
+    @property
+    def world(self) -> int:
+        """The number of ranks."""
+        return ss.Mesh.parse(self.mesh).world
+
+    def __str__(self) -> str:
+        parts = [] if self.family is LLAMA else [self.family.name]
+        parts += [self.mesh or "one", "sp" if self.sp else "no-sp", "tied" if self.tied else "untied"]
+        parts += [f"accumulate={self.accumulate}"] if self.accumulate > 1 else []
+        return " ".join(parts + (["remat"] if self.remat else []))
+
+
 @attrs.frozen
 class Outcome:
     """What is compared: first loss and gradients, losses of the steps, parameters after them."""
@@ -108,20 +134,21 @@ class Outcome:
     initial: dict[str, Tensor]
 
 
-def run_plain(initial: dict[str, Tensor], *, tied: bool) -> Outcome:
+def run_plain(initial: dict[str, Tensor], case: Case) -> Outcome:
     """The reference: a plain loop with torch's own optimizer and clipping."""
-    model = build(make_config(tied=tied))
+    family = case.family
+    model = family.make(case.tied)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(initial[name])
     optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
-    first = plain_loss(model, make_batch(0))
+    first = family.plain_loss(model, family.batch(0))
     first.backward()
     grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     losses, norms = [], []
     for step in range(STEPS):
         optimizer.zero_grad()
-        loss = plain_loss(model, make_batch(step))
+        loss = family.plain_loss(model, family.batch(step))
         loss.backward()
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         optimizer.step()
@@ -133,21 +160,21 @@ def run_plain(initial: dict[str, Tensor], *, tied: bool) -> Outcome:
 def run_sharded(case: Case) -> Outcome:
     """The same on the ranks of a mesh; called on every rank."""
     torch.set_default_dtype(torch.float64)
-    rules = RULES if case.sp else WITHOUT_SP
-    config = make_config(tied=case.tied)
+    family = case.family
     policy = ss.Policy(accumulate=case.accumulate, remat=case.remat)
+    mesh = ss.Mesh.parse(case.mesh)
     sharded = ss.shard(
-        lambda: make_model(config), rules, ss.Mesh.parse(case.mesh), make_batch(0), policy=policy
+        lambda: family.make(case.tied), family.rules[case.sp], mesh, family.batch(0), policy=policy
     )
     state = sharded.init(ss.adamw(**OPTIMIZER), seed=3)
     initial = {name: ss.full(tensor).clone() for name, tensor in state.params.items()}
     grad_fn = sharded.value_and_grad(loss_fn)
-    (loss, _), grads = grad_fn(state.params, sharded.local_batch(make_batch(0)), state.rng)
+    (loss, _), grads = grad_fn(state.params, sharded.local_batch(family.batch(0)), state.rng)
     whole = {name: ss.full(grad).clone() for name, grad in grads.items()}
     step_fn = ss.train_step(sharded, loss_fn, clip=CLIP)
     losses, norms = [], []
     for step in range(STEPS):
-        state, metrics = step_fn(state, sharded.local_batch(make_batch(step)))
+        state, metrics = step_fn(state, sharded.local_batch(family.batch(step)))
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
     params = {name: ss.full(tensor).clone() for name, tensor in state.params.items()}
@@ -180,7 +207,7 @@ def on_rank(rank: int, world: int, cases: list[Case], prepare: Callable[[], None
 def compare(case: Case) -> dict[str, float]:
     """The largest differences of a case, on a rank that takes part."""
     sharded = run_sharded(case)
-    return differences(run_plain(sharded.initial, tied=case.tied), sharded)
+    return differences(run_plain(sharded.initial, case), sharded)
 
 
 def run_cases(cases: list[Case], timeout: float = 600) -> Iterator[tuple[Case, dict[str, float]]]:
