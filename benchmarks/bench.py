@@ -3,9 +3,10 @@
     python -m benchmarks.bench [--quick] [--json PATH]
 
 Each plan's sides step in turn in the same ranks; the ratio is the median of the paired ones, with a
-95 % bootstrap interval, against the faster hand-written form. A rank has one thread. A plan fails only where the whole
-interval lies above its budget. The check of a 405B model for 16,384 ranks is timed against a plain meta
-forward of it, and against the same model with 4 layers. Status 1: something failed.
+95 % bootstrap interval, against the faster hand-written form. A rank has one thread. A plan fails where
+the whole interval lies above its budget, or its peak bytes above theirs. The check of a 405B model for
+16,384 ranks is timed against a plain meta forward of it, and against the same model with 4 layers.
+Status 1: something failed.
 """
 
 import argparse

@@ -486,6 +486,8 @@ def failed(error: Exception, inputs: Mapping[str, Any]) -> Diagnostic:
         for name, item in inputs.items()
     )
     message = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, KeyError):
+        message = f"nothing is there under {error}"
     return Diagnostic(
         code="SS402",
         what=f"the model does not run on this batch: {message}",

@@ -66,7 +66,7 @@ def transition(before: Layout, after: Layout, sizes: Sizes) -> tuple[Move, ...]:
 def _steps(now: Layout, after: Layout, sizes: Sizes) -> Iterator[tuple[Move, Layout]]:
     """Moves that lead nearer to `after`, each with the layout behind it, the cheapest first."""
     target = after.sharded
-    going = [axis for axis, dim in now.sharded.items() if _weight(now, axis, sizes) != _weight(after, axis, sizes)]
+    going = [axis for axis in now.sharded if _weight(now, axis, sizes) != _weight(after, axis, sizes)]
     coming = [axis for axis in target if axis not in now.sharded]
     for axis in coming:
         if not now.pending_kind(axis) and (cut := _cut(now, after, axis, sizes)):

@@ -116,9 +116,7 @@ def test_there_is_no_import_cycle():
 
 
 def test_no_import_hides_in_a_function_but_the_listed_ones():
-    found = {
-        (name, target) for name, tree in MODULES.items() for target in late_imports(tree, set(MODULES))
-    }
+    found = {(name, target) for name, tree in MODULES.items() for target in late_imports(tree, set(MODULES))}
     assert found == LATE
     hidden = {
         f"{name}:{node.lineno}"

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from shardspec.constraints import Constraint
 from shardspec.diagnostics import Diagnostic
-from shardspec.layout import SUM, Digit, Layout, canonical, local_size
+from shardspec.layout import SUM, Digit, DimLayout, Layout, canonical, local_size
 from shardspec.mesh import Mesh, degree
 from shardspec.rules.parse import STORAGE_AXES, Entry, MeshEdit, Sizes, Storage
 from shardspec.spec import Dim, Spec
@@ -126,10 +126,30 @@ def layout_of(
         dims.append(canonical(digits))
         if storage and any(axis in STORAGE_AXES for axis in kept):
             stored = Storage(index, tuple(axis for axis in kept if axis in STORAGE_AXES))
-            if problem is None and uneven_storage(stored, local_size(dims[-1]), mesh):
+            if problem is None and pieces(dims[-1]) > 1:
+                problem = _stored_in_pieces(entry, name, dim, stored, pieces(dims[-1]))
+            elif problem is None and uneven_storage(stored, local_size(dims[-1]), mesh):
                 problem = _uneven(entry, name, dim, (str(dim), length, True), mesh, [*live, *stored.axes])
     pending = tuple(sorted((axis, SUM) for axis in entry.spec.pending if mesh[axis] > 1))
     return Layout(tuple(dims), pending), stored, problem
+
+
+def pieces(dim: DimLayout) -> int:
+    """In how many runs of consecutive rows the part of a dim lies that a rank holds."""
+    axes = [index for index, digit in enumerate(dim) if isinstance(digit, str)]
+    return local_size(dim[: axes[-1]]) if axes else 1
+
+
+def _stored_in_pieces(entry: Entry, name: str, dim: Dim, stored: Storage, count: int) -> Diagnostic:
+    axes = ",".join(stored.axes)
+    return Diagnostic(
+        code="SS209",
+        what=f"{axes} divides rows that lie in {count} pieces: {dim}",
+        why=f"{name}: fully_shard cuts what a rank holds in consecutive slices, which would end anywhere in a piece: "
+        "no placement says which rows they are",
+        locations=(entry.location,),
+        advice=(f"put {axes} on another dim, or leave it off",),
+    )
 
 
 def uneven_storage(stored: Storage, rows: int, mesh: Mesh) -> bool:

@@ -72,6 +72,7 @@ class Sharded:
         compiler = Compiler(survey(model), rules, self.policy)
         self.params, self.units, self.attributes = compiler.static(self.mesh)
         if inputs is not None:
+            compiler.entries(self.mesh, inputs)
             self.plan = compiler.plan(self.mesh, inputs)
         check_world(self.mesh, world)
         if world == 1:
@@ -106,6 +107,7 @@ class Sharded:
 
             def typed() -> tuple[Plan, Mapping[str, str]]:
                 whole = self.compiler.global_shapes(self.mesh, batch)
+                self.compiler.entries(self.mesh, whole)
                 plan = self.compiler.plan(self.mesh, whole, loss_fn, training=training)
                 return plan, {"plan": plan.hash}
 

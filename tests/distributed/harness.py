@@ -178,7 +178,7 @@ def rank_main(
     with stacks.open("w") as file:
         faulthandler.enable(file)
         faulthandler.register(signal.SIGUSR1, file)
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # more would hang: OpenMP's threads do not survive a fork
         try:
             if world > 1:
                 join_group(rank, world, store, timeout)

@@ -144,7 +144,8 @@ def run_plain(initial: dict[str, Tensor], case: Case) -> Outcome:
     optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
     first = family.plain_loss(model, family.batch(0))
     first.backward()
-    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    grads = {name: parameter.grad.clone() for name, parameter in trained.items()}
     losses, norms = [], []
     for step in range(STEPS):
         optimizer.zero_grad()

@@ -6,8 +6,6 @@ import pytest
 import torch
 
 import shardspec as ss
-from models.llama import RULES
-from models.llama.rules import WITHOUT_SP
 from shardspec.mesh import AXES
 from tests.distributed import parity
 from tests.distributed.harness import CollectiveLog, run_ranks
@@ -34,14 +32,14 @@ def compare_step(rank: int, world: int, case: parity.Case) -> tuple[Calls, Calls
     """What the plan says of a training step, and what one ran after a first that made the groups."""
     torch.set_default_dtype(torch.float64)
     sharded = ss.shard(
-        lambda: parity.make_model(parity.make_config(tied=case.tied)),
-        RULES if case.sp else WITHOUT_SP,
+        lambda: case.family.make(case.tied),
+        case.family.rules[case.sp],
         ss.Mesh.parse(case.mesh),
         policy=ss.Policy(accumulate=case.accumulate, remat=case.remat),
     )
     state = sharded.init(ss.adamw(lr=1e-3))
     step = ss.train_step(sharded, parity.loss_fn, clip=1.0)
-    batch = sharded.local_batch(parity.make_batch(0))
+    batch = sharded.local_batch(case.family.batch(0))
     state, _ = step(state, batch)
     with CollectiveLog() as log:
         state, _ = step(state, batch)

@@ -144,7 +144,7 @@ def divide(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(FSDPModule, "set_gradient_divide_factor", lambda self, factor: None)
 
 
-@bug("a rank's gradients are those of its last microbatch", Case("tp=2", accumulate=2))
+@bug("the loss and the weight are those of the last microbatch", Case("tp=2", accumulate=2))
 def forget_microbatch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(step.Sums, "add", set_sums)
 
