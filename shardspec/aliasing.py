@@ -6,6 +6,9 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
+PARAMETER_WRITE = "it writes to a parameter of the model"
+"""Never right: what a step does to parameters is the optimizer's, and a gathered one is thrown away after its use."""
+
 
 @define(eq=False)
 class Family:

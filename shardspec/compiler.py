@@ -256,11 +256,16 @@ def assemble(
     """The plan of a typed program.
 
     Raises:
-        ShardingError: SS307, SS308 and SS310, for gradients or a loss that no reduction makes right.
+        ShardingError: SS307, SS308, SS310 and SS316, for gradients or a loss that no reduction makes right; SS216
+            for a parameter that is read while it is not gathered.
     """
     owed, found = lowering.owed_axes(typed, names)
     params = lowering.lower_params(typed.claims.params, names, owed, units, typed.mesh)
-    found += lowering.check_storage(params, owed, typed.claims)
+    found += [
+        *lowering.check_storage(params, owed, typed.claims),
+        *lowering.check_maxima(typed),
+        *lowering.check_units(typed, params, units),
+    ]
     loss, wrong = lowering.lower_loss(typed) if has_loss else (None, [])
     settle([*found, *wrong])
     activations, entries = lowering.lower_activations(typed)

@@ -11,6 +11,7 @@ from typing import Any
 from attrs import define, field, frozen
 
 from shardspec.infer import Inference, TypedGraph
+from shardspec.mesh import BATCH_AXES
 from shardspec.moves import Move, adjoint
 from shardspec.program import Node, tensors
 from shardspec.rules.operator import Type
@@ -206,11 +207,13 @@ class Cotangents:
                 uses.setdefault(ref.index, []).append((position, cot))
 
     def _complete(self, cot: Cot, discharged: dict[int, set[str]]) -> Cot:
-        """Have the points that hold an obligation discharge it."""
+        """Have the points that hold an obligation discharge it; but what is owed over axes that split only data and
+        storage goes with the parameters' gradients, which are summed over them in any case."""
+        owed = {axis for axis, _ in cot.held if axis in (*BATCH_AXES, "cp")}
         for axis, nodes in cot.held:
-            for position in nodes:
+            for position in nodes if axis not in owed else ():
                 discharged.setdefault(position, set()).add(axis)
-        return Cot(cot.owed)
+        return Cot(cot.owed | owed)
 
     def _settle(
         self, typed: TypedGraph, index: int, uses: list[tuple[int, Cot]], discharged: dict[int, set[str]]

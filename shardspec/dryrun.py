@@ -30,7 +30,13 @@ SHAPED = VIEWS | {
     "expand", "expand_as", "broadcast_to", "view_as", "flatten", "unflatten", "full", "zeros", "ones", "empty",
     "new_zeros", "new_ones", "new_full", "new_empty", "split", "split_with_sizes", "chunk",
 }  # fmt: skip
-"""Operators whose integer arguments are sizes: the shapes of their results are compared instead."""
+"""Operators that take sizes: the shapes of their results are compared instead."""
+
+LENGTHS = frozenset({"size", "sizes", "shape", "split_size", "split_sizes", "chunks"})
+"""The arguments of such operators that are sizes."""
+
+PLACES = frozenset({"device", "pin_memory", "memory_format", "layout"})
+"""Arguments that say where a result lies, and nothing of its values."""
 
 
 @define(eq=False)
@@ -40,17 +46,25 @@ class _Pair:
     typed: TypedGraph
     local: Graph
     fqn: str
+    ended: bool = False
+    """False where the local run broke off inside."""
 
 
 class Replayer(Tracer):
     """Runs the local program: declared points change shape as planned, verified blocks are skipped."""
 
-    def __init__(self, graph: Program, model: nn.Module, typed: TypedGraph) -> None:
+    def __init__(
+        self, graph: Program, model: nn.Module, typed: TypedGraph, attributes: Mapping[str, Mapping[str, int]]
+    ) -> None:
         super().__init__(graph, model)
         self.typed = [typed]
         self.cursor = [0]
         self.pairs = [_Pair(typed, graph, "")]
-        self.verified: set[int] = set()
+        self.attributes = attributes
+        self.verified: set[Any] = set()
+        self.entered: _Pair | None = None
+        self.failed = ""
+        """The module in which the local run broke off."""
         self.frames[0].params = {}
         for name, tensor in [
             *model.named_parameters(remove_duplicate=False),
@@ -85,20 +99,43 @@ class Replayer(Tracer):
         if position is None or inner is None:
             return self.plain(module, fqn, forward, args, kwargs)
         entered = distinct(tensor_leaves((args, kwargs)))
-        if id(inner) in self.verified:
+        key = (id(inner), constants((args, kwargs)), self._changed(fqn))
+        if key in self.verified:
             out = self._skip(self.typed[-1].graph.nodes[position], inner)
         else:
-            self.verified.add(id(inner))
+            self.verified.add(key)
+            pair = _Pair(inner, Graph(), fqn)
+            self.pairs.append(pair)
+            self.entered = pair
             self.typed.append(inner)
             self.cursor.append(0)
             try:
-                local, entered, out = self.in_block(module, fqn, forward, args, kwargs)
+                _, entered, out = self.in_block(module, fqn, forward, args, kwargs)
             finally:
                 self.typed.pop()
                 self.cursor.pop()
-            local.outputs = [ref.index for ref in tensors(self.result_refs)]
-            self.pairs.append(_Pair(inner, local, fqn))
+            pair.local.outputs = [ref.index for ref in tensors(self.result_refs)]
+            pair.ended = True
         return self.append_block(self.typed[-1].graph.nodes[position], entered, out)
+
+    def plain(self, module: nn.Module, fqn: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self.entered is not None:
+            # The first call inside a block's own frame: what it records is there to compare even if it breaks off.
+            self.entered.local, self.entered = self.frame.graph, None
+        try:
+            return super().plain(module, fqn, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or fqn
+            raise
+
+    def _changed(self, fqn: str) -> tuple[tuple[str, str, int], ...]:
+        """The attributes inside a block that have another value on a rank."""
+        return tuple(
+            (path.removeprefix(fqn), name, value)
+            for path, named in self.attributes.items()
+            if path == fqn or path.startswith(f"{fqn}.")
+            for name, value in named.items()
+        )
 
     def append_block(self, node: Node, entered: list[torch.Tensor], out: Any) -> Any:
         """Append the image of a block's call."""
@@ -120,6 +157,17 @@ class Replayer(Tracer):
             return substitute(node.nested, make)
         finally:
             self.muted = False
+
+
+def constants(tree: Any) -> Any:
+    """What a nest of arguments holds beside tensors, as something that compares."""
+    if isinstance(tree, torch.Tensor):
+        return None
+    if isinstance(tree, (list, tuple)):
+        return tuple(constants(item) for item in tree)
+    if isinstance(tree, dict):
+        return tuple((key, constants(item)) for key, item in tree.items())
+    return tree if isinstance(tree, (bool, int, float, str, type(None))) else id(tree)
 
 
 def local_twin(
@@ -154,7 +202,7 @@ def dry_run(
     if training is not None:
         local.train(training)
     image = Program()
-    tracer = Replayer(image, local, typed)
+    tracer = Replayer(image, local, typed, attributes)
     tracer.attach()
     batch: dict[str, Any] = {}
     for name, item in inputs.items():
@@ -168,8 +216,9 @@ def dry_run(
         run(tracer, local, batch, loss_fn)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, HostRead) as error:
         found = _compare_all(tracer)
-        return found or [_crash(error)]
-    return _compare_all(tracer)
+        return found or [_crash(error, tracer.failed)]
+    tracer.pairs[0].ended = True
+    return _compare_all(tracer) or list(_compare_loss(program, image) if loss_fn is not None else ())
 
 
 def _compare_all(tracer: Replayer) -> list[Diagnostic]:
@@ -181,10 +230,10 @@ def _compare_all(tracer: Replayer) -> list[Diagnostic]:
     return found
 
 
-def _crash(error: Exception) -> Diagnostic:
+def _crash(error: Exception, path: str) -> Diagnostic:
     return Diagnostic(
         code="SS309",
-        what="the model fails on a rank's local shapes",
+        what=f"{path or 'the model'} fails on a rank's local shapes",
         why=str(error).splitlines()[0] if str(error) else type(error).__name__,
         locations=user_frame(error),
         advice=("take sizes from the tensors at hand, or name the attribute that holds a global size in attributes=",),
@@ -220,10 +269,36 @@ def _compare(pair: _Pair) -> Iterator[Diagnostic]:
             return
         both = zip(node.outputs, other.outputs, strict=False)
         image.update((one, two) for one, two in both if one is not None and two is not None)
+    if not pair.ended:
+        return
     if len(whole) != len(part):
         extra = whole[len(part)][1] if len(whole) > len(part) else part[len(whole)][1]
         who = "whole" if len(whole) > len(part) else "local"
         yield _mismatch(pair, extra, extra, f"only the {who} program runs {extra.op} here")
+        return
+    for one, two in zip(pair.typed.graph.outputs, pair.local.outputs, strict=False):
+        index, found = whole_names.get(one, one), part_names.get(two, two)
+        if image.setdefault(index, found) != found:
+            last = part[-1][1]
+            yield _mismatch(pair, last, last, "it returns another value than the whole does")
+            return
+
+
+def _compare_loss(program: Program, image: Program) -> Iterator[Diagnostic]:
+    """SS310 for a loss or a weight that is a Python number and depends on a rank's part of the batch."""
+    whole, part = program.result, image.result
+    if not (isinstance(whole, (tuple, list)) and isinstance(part, (tuple, list))):
+        return
+    location = (image.nodes[-1].location,) if image.nodes else ()
+    for what, one, two in zip(("sum", "weight"), whole, part, strict=False):
+        if isinstance(one, (int, float)) and one != two:
+            yield Diagnostic(
+                code="SS310",
+                what=f"the loss's {what} is {one} on the whole batch and {two} on a rank's part",
+                why="a Python number is taken as it is, on every rank alike; only tensors are summed over ranks",
+                locations=location,
+                advice=("count with a tensor: (labels != -100).sum()",),
+            )
 
 
 def _mismatch(pair: _Pair, node: Node, other: Node, problem: str) -> Diagnostic:
@@ -252,6 +327,7 @@ def _differs(
         return f"it runs {other.op} where the whole runs {node.op}"
     if node.op == "point" and node.func != other.func:
         return f"it passes {other.func[0]} where the whole passes {node.func[0]}"
+    what = absolute(pair.fqn, node.func[0]) if node.op == "point" else node.op
     refs = tensors(node.args) + tensors(node.kwargs)
     others = tensors(other.args) + tensors(other.kwargs)
     if len(refs) != len(others):
@@ -261,13 +337,19 @@ def _differs(
         index = whole_names.get(one.index, one.index)
         found = part_names.get(two.index, two.index)
         if image.setdefault(index, found) != found:
-            return f"{node.op} reads another value as operand {number}"
+            verb = "is" if node.op == "point" else "reads"
+            return f"{what} {verb} another value than on the whole"
+        problem = _constant_problem(typed.graph.values[index], local.values[found])
+        if problem:
+            return problem
         read = typed.consumed.get(position)
         if read is not None:
             problem = _shape_problem(read[number], local.values[two.index].shape, f"operand {number} of {node.op}")
             if problem:
                 return problem
-    for one, two in zip(node.outputs, other.outputs, strict=False):
+    if len(node.outputs) != len(other.outputs):
+        return f"{node.op} gives {len(other.outputs)} tensors, and {len(node.outputs)} on the whole"
+    for one, two in zip(node.outputs, other.outputs, strict=True):
         if one is None or two is None or typed.types[one] is None:
             continue
         kind = typed.types[one]
@@ -275,7 +357,24 @@ def _differs(
         problem = _shape_problem(kind, local.values[two].shape, f"the result of {node.op}")
         if problem:
             return problem
-    return "" if node.op in ("point", "block") or node.op in SHAPED else _argument_problem(pair, position, node, other)
+    return "" if node.op in ("point", "block") else _argument_problem(pair, position, node, other)
+
+
+def _constant_problem(whole: Value, part: Value) -> str:
+    """What is wrong with a constant that Python made, or nothing."""
+    if whole.kind != "constant" or whole.data is None or part.data is None:
+        return ""
+    if whole.data is part.data or whole.data.data_ptr() == part.data.data_ptr():
+        return ""
+    if whole.data.shape == part.data.shape and bool(torch.equal(whole.data, part.data)):
+        return ""
+    one, two = (
+        f"{item.item()!r}" if item.numel() == 1 else f"of shape {tuple(item.shape)}" for item in (whole.data, part.data)
+    )
+    return (
+        f"a constant is {two} on a rank and {one} on the whole\n"
+        "the number was taken from a local size, or should have been"
+    )
 
 
 def _shape_problem(kind: Type, shape: tuple[int, ...], what: str) -> str:
@@ -291,7 +390,9 @@ def _argument_problem(pair: _Pair, position: int, node: Node, other: Node) -> st
     expected = pair.typed.local.get(position, {})
     mine, theirs = named_arguments(node), named_arguments(other)
     for name, value in mine.items():
-        if tensors(value) or expected.get(name) is ... or name in ("device", "pin_memory", "memory_format", "layout"):
+        if tensors(value) or expected.get(name) is ... or name in PLACES:
+            continue
+        if node.op in SHAPED and name in LENGTHS:
             continue
         wanted = expected.get(name, value)
         if name == "start" and node.op == "slice" and wanted == (value or 0) and theirs.get(name) in (None, 0, wanted):

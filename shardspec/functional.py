@@ -28,14 +28,18 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> t
     if has_torch_function((logits, labels)):
         return handle_torch_function(cross_entropy, (logits, labels), logits, labels, ignore_index=ignore_index)
     check_shapes(logits, labels)
-    check_range(labels, logits.shape[-1], "label", ignore_index)
     dtype = accumulation_dtype(logits.dtype)
-    total = F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).to(dtype),
-        labels.reshape(-1).long(),
-        ignore_index=ignore_index,
-        reduction="sum",
-    )
+    try:
+        total = F.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]).to(dtype),
+            labels.reshape(-1).long(),
+            ignore_index=ignore_index,
+            reduction="sum",
+        )
+    except IndexError:
+        # Torch's kernel checks the range too; only then is it worth a look at which label it was.
+        check_range(labels, logits.shape[-1], "label", ignore_index)
+        raise
     return total, count(labels, ignore_index, dtype)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from attrs import define, field, frozen
 
-from shardspec.aliasing import writes
+from shardspec.aliasing import PARAMETER_WRITE, writes
 from shardspec.diagnostics import Location
 from shardspec.layout import Layout, Sizes
 from shardspec.moves import Move, NoTransition, transition
@@ -360,6 +360,14 @@ def check_write(call: Call, answer: Typed) -> None:
             operands=(0,),
             axis=next(iter({*before.sharded, *after.sharded, *(axis for axis, _ in after.pending)}), ""),
             advice=("use the form of the operator that makes a new tensor",),
+        )
+    if call.node.unsafe == PARAMETER_WRITE:
+        raise Refusal(
+            "SS314",
+            f"{call.node.op} writes in place, and {call.node.unsafe}",
+            why="a step reads the parameters and gives back others; what forward writes into them is lost on a mesh",
+            operands=(0,),
+            advice=("compute a new tensor from the parameter, or make it a buffer",),
         )
     if call.node.unsafe and not all_replicated(call):
         raise Refusal(

@@ -13,14 +13,15 @@ from shardspec.constraints import Constraint, strongest
 from shardspec.cotangent import Backward
 from shardspec.diagnostics import Diagnostic, Location
 from shardspec.infer import TypedGraph, absolute
-from shardspec.layout import Layout, dim_axes
+from shardspec.layout import MAX, MIN, Layout, dim_axes
 from shardspec.mesh import AXES, BATCH_AXES, Mesh, degree
 from shardspec.placement import stored_shape
 from shardspec.plan import ActivationPlan, Collective, LossPlan, ParamPlan, PointPlan, Substitution, UnitPlan
 from shardspec.policy import Policy, chosen
-from shardspec.program import Ref, tensors
+from shardspec.program import Node, Ref, tensors
 from shardspec.rules.fit import dims_of, divisors
 from shardspec.rules.match import fold
+from shardspec.rules.operator import named_arguments
 from shardspec.rules.parse import Entry, ParamClaim
 from shardspec.stages import Claims, Survey, TypedProgram
 from shardspec.tracing import user_frame
@@ -129,6 +130,55 @@ def check_storage(
                 )
 
 
+def check_maxima(typed: TypedProgram) -> Iterator[Diagnostic]:
+    """SS316 for a gradient that passes a maximum over ranks: it belongs to the rank that holds it alone."""
+    told: set[Location] = set()
+    for fqn, graph, back in calls(typed.forward, typed.backward, ""):
+        for position in back.alive if back else ():
+            step = graph.transitions.get(position)
+            kinds = [(axis, kind) for axis, kind in step.before.pending if kind in (MAX, MIN)] if step else []
+            node = graph.graph.nodes[position]
+            if step is None or not kinds or node.location in told:
+                continue
+            told.add(node.location)
+            axis, kind = kinds[0]
+            yield Diagnostic(
+                code="SS316",
+                what=f"a gradient passes {absolute(fqn, graph.names[position])}, the {kind} over {axis} of parts",
+                why="each rank would send it to its own largest element; on the whole only one of them has it",
+                locations=(node.location, step.entry.location),
+                advice=(f"detach what the {kind} is taken of, or gather it before",),
+            )
+
+
+def check_units(
+    typed: TypedProgram, params: Mapping[str, ParamPlan], units: tuple[UnitPlan, ...]
+) -> Iterator[Diagnostic]:
+    """SS216 for a stored parameter that is read while its unit does not run, and so is not gathered."""
+    modules = {unit.name: unit.modules for unit in units}
+    told: set[str] = set()
+    for fqn, graph, _ in calls(typed.forward, typed.backward, ""):
+        index_of = {index: absolute(fqn, name) for name, index in graph.graph.params.items()}
+        for node in graph.graph.nodes:
+            path = absolute(fqn, node.path)
+            for ref in tensors(node.args) + tensors(node.kwargs):
+                plan = params.get(index_of.get(ref.index, ""))
+                if plan is None or not plan.storage or not plan.unit or fold(plan.first) in told:
+                    continue
+                if any(path == module or path.startswith(f"{module}.") for module in modules[plan.unit]):
+                    continue
+                told.add(fold(plan.first))
+                yield Diagnostic(
+                    code="SS216",
+                    what=f"{plan.first} is read in {path or 'the model'}, outside its unit {fold(plan.unit)}",
+                    why=f"it is stored over {', '.join(plan.storage)} and gathered while its unit runs, no longer",
+                    locations=(node.location, typed.claims.params[plan.first].entry.location),
+                    advice=(
+                        f"make {fold(path) or 'the model'} the unit, or leave {fold(plan.first)} to the root unit",
+                    ),
+                )
+
+
 def lower_points(typed: TypedProgram) -> dict[str, PointPlan]:
     """Name -> what the runtime does there, for the points that do anything."""
     points: dict[str, PointPlan] = {}
@@ -197,11 +247,19 @@ def run_again(typed: TypedProgram, again: tuple[str, ...]) -> set[str]:
         is_point = node.op == "point"
         place = absolute(fqn, graph.names.get(position, node.func[0]) if is_point else node.path)
         inside = [module for module in again if place.startswith(f"{module}.") or place == module and not is_point]
-        if node.op not in SAVES_NOTHING:
+        if node.op not in SAVES_NOTHING and not is_idle(node):
             ended.update(inside)
         elif is_point and not ended.isdisjoint(inside):
             found.add(place)
     return found
+
+
+def is_idle(node: Node) -> bool:
+    """Whether a dropout drops nothing: it gives back its operand."""
+    if node.op != "dropout":
+        return False
+    named = named_arguments(node)
+    return not (named["p"] and named["train"])
 
 
 def in_sequence(typed: TypedGraph, fqn: str) -> Iterator[tuple[str, TypedGraph, int]]:

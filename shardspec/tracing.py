@@ -17,8 +17,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from shardspec import functional
-from shardspec.aliasing import Aliases, writes
-from shardspec.diagnostics import Location
+from shardspec.aliasing import PARAMETER_WRITE, Aliases, writes
+from shardspec.diagnostics import Location, shorten
 from shardspec.nests import distinct, tensor_leaves
 from shardspec.program import Block, Graph, Node, Program, Ref, Value, tensors
 from shardspec.rules.operator import RULES
@@ -202,7 +202,10 @@ class Tracer(TorchDispatchMode):
         for member in (family.whole | family.parts) & self.frame.ids.keys():
             values[self.frame.ids[member]].data = None
         kind = values[self.frame.ids[id(target)]].kind if id(target) in self.frame.ids else "param"
-        if kind in ("param", "buffer", "entry", "constant"):
+        members = (family.whole | family.parts) & self.frame.ids.keys()
+        if kind == "param" or any(values[self.frame.ids[member]].kind == "param" for member in members):
+            return PARAMETER_WRITE
+        if kind in ("buffer", "entry", "constant"):
             return f"it writes to a {kind} of the model"
         if family.parts:
             return "other views of the same tensor see the write"
@@ -372,6 +375,9 @@ class Whole(TorchFunctionMode):
             tensor, label = args
             path = self.tracer.path
             return self.tracer.point((f"{path}.{label}" if path else label,), tensor)
+        if func is torch.Tensor.new_tensor:
+            # On meta its values would be lost: they may hang on a local size, which the dry run compares.
+            return torch.tensor(args[1], dtype=kwargs.get("dtype") or args[0].dtype)
         if func in RULES and not isinstance(func, OpOverload):
             self.tracer.muted = True
             out = func.meta(*args, **kwargs)
@@ -466,4 +472,4 @@ def user_frame(error: BaseException) -> tuple[Location, ...]:
         frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((_HERE, _TORCH))
     ]
     inner = [frame for frame in frames if "importlib" not in frame.filename]
-    return (Location(file=inner[-1].filename, line=inner[-1].lineno or 0, text=inner[-1].line or ""),) if inner else ()
+    return tuple(Location(file=shorten(at.filename), line=at.lineno or 0, text=at.line or "") for at in inner[-1:])

@@ -83,6 +83,9 @@ def parse_table(rules: Rules) -> tuple[Table, list[Diagnostic]]:
     found: list[Diagnostic] = []
     entries: dict[str, list[Entry]] = {"params": [], "activations": []}
     for rule in rules.rules:
+        if not isinstance(rule.value, (str, P)):
+            found.append(_no_spec(rule))
+            continue
         try:
             regex = re.compile(rule.pattern)
             spec = rule.value.spec() if isinstance(rule.value, P) else parse(rule.value)
@@ -97,6 +100,17 @@ def parse_table(rules: Rules) -> tuple[Table, list[Diagnostic]]:
         if not problems:
             entries[rule.kind].append(Entry(rule, regex, spec))
     return Table(rules, tuple(entries["params"]), tuple(entries["activations"])), found
+
+
+def _no_spec(rule: Rule) -> Diagnostic:
+    entries = ", ".join(map(repr, rule.value)) if isinstance(rule.value, tuple) else ""
+    return Diagnostic(
+        code="SS103",
+        what=f"{rule.value!r} is no spec",
+        why="a spec is a string with a factor for each dim, or ss.P(...) with an axis or None for each",
+        locations=(rule.location,),
+        advice=(f"write ss.P({entries})" if entries else 'write "D" for one whole dim, "" for a scalar',),
+    )
 
 
 def _bad_spec(rule: Rule, message: str) -> Diagnostic:

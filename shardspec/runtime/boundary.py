@@ -27,7 +27,7 @@ def all_gather(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
 def reduce_scatter(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
     """[.., outer * n * inner, ..] -> the sum over ranks of [.., outer * inner, ..]."""
     n = fabric.mesh[move.axis]
-    parts = _take(tensor, move.dim, move.outer, n).contiguous()
+    parts = _take(tensor, move.dim, move.outer, n)
     out = parts.new_empty(parts.shape[1:])
     torch_private.reduce_scatter(out, parts, fabric.group((move.axis,)))
     return out.div_(n) if move.reduce == AVG else out
@@ -43,7 +43,7 @@ def all_reduce(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
 def all_to_all(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
     """Gather `dim` and split `to_dim`: the exchange that moves an axis from one dim to another."""
     n = fabric.mesh[move.axis]
-    parts = _take(tensor, move.to_dim, move.to_outer, n).contiguous()
+    parts = _take(tensor, move.to_dim, move.to_outer, n)
     out = torch.empty_like(parts)
     dist.all_to_all_single(out, parts, group=fabric.group((move.axis,)))
     return _put(out, move.dim, move.outer)
@@ -51,8 +51,10 @@ def all_to_all(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
 
 def slice_(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
     """[.., outer * n * inner, ..] -> this rank's [.., outer * inner, ..]."""
-    n = fabric.mesh[move.axis]
-    return _take(tensor, move.dim, move.outer, n)[fabric.coordinate[move.axis]].contiguous()
+    n, place = fabric.mesh[move.axis], fabric.coordinate[move.axis]
+    if move.outer == 1:
+        return tensor.chunk(n, move.dim)[place].contiguous()
+    return _take(tensor, move.dim, move.outer, n)[place].contiguous()
 
 
 def scale(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
@@ -61,16 +63,25 @@ def scale(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
 
 
 def _take(tensor: Tensor, dim: int, outer: int, n: int) -> Tensor:
-    """[.., outer * n * inner, ..] -> [n, .., outer * inner, ..], a view where torch can make one."""
+    """[.., outer * n * inner, ..] -> [n, .., outer * inner, ..], contiguous; a view where torch can make one."""
     shape = list(tensor.shape)
+    if outer == 1:
+        shape[dim] //= n
+        if tensor.is_contiguous() and all(length == 1 for length in shape[:dim]):
+            return tensor.view(n, *shape)
+        return torch.stack(tensor.chunk(n, dim))
     split = tensor.reshape(*shape[:dim], outer, n, shape[dim] // outer // n, *shape[dim + 1 :])
     shape[dim] //= n
-    return split.movedim(dim + 1, 0).reshape(n, *shape)
+    return split.movedim(dim + 1, 0).reshape(n, *shape).contiguous()
 
 
 def _put(parts: Tensor, dim: int, outer: int) -> Tensor:
     """[n, .., outer * inner, ..] -> [.., outer * n * inner, ..]."""
     n, *shape = parts.shape
+    if outer == 1:
+        if all(length == 1 for length in shape[:dim]):
+            return parts.view(*shape[:dim], n * shape[dim], *shape[dim + 1 :])
+        return torch.cat(parts.unbind(0), dim)
     split = parts.reshape(n, *shape[:dim], outer, shape[dim] // outer, *shape[dim + 1 :])
     shape[dim] *= n
     return split.movedim(0, dim + 1).reshape(shape)

@@ -193,10 +193,15 @@ class Sharded:
                 constructor cannot be replayed.
 
         Raises:
-            ShardingError: SS406 for a parameter or buffer that nothing gives a value.
+            ShardingError: SS406 for a parameter or buffer that nothing gives a value, SS203 for a pattern of `init`
+                that matches nothing.
         """
         locals_: dict[str, Tensor] = {}
-        problems: list[Diagnostic] = []
+        problems: list[Diagnostic] = [
+            Diagnostic(code="SS203", what=f'init: r"{pattern}" matches no parameter')
+            for pattern in init or {}
+            if not any(re.fullmatch(pattern, name) for name in self.local.params)
+        ]
         for name in self.local.params:
             try:
                 locals_[name] = self._initial(name, seed, init or {})

@@ -47,6 +47,7 @@ def run(sharded: Sharded, plan: Plan, batch: Batch, loss_fn: LossFn, *, rng: int
         output = sharded.module(**arguments)
         with Local(sharded.wiring, "loss"):
             loss, weight = loss_fn(output, part)
+        del output  # the logits need not outlive what the loss saved of them
         if backward:
             if not (isinstance(loss, Tensor) and loss.requires_grad):
                 refuse(
