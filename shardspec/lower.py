@@ -15,14 +15,14 @@ from shardspec.diagnostics import Diagnostic, Location
 from shardspec.infer import TypedGraph, absolute
 from shardspec.layout import MAX, MIN, Layout, dim_axes
 from shardspec.mesh import AXES, BATCH_AXES, Mesh, degree
-from shardspec.placement import stored_shape
+from shardspec.placement import part_shape
 from shardspec.plan import ActivationPlan, Collective, LossPlan, ParamPlan, PointPlan, Substitution, UnitPlan
 from shardspec.policy import Policy, chosen
 from shardspec.program import Node, Ref, tensors
 from shardspec.rules.fit import dims_of, divisors
 from shardspec.rules.match import fold
 from shardspec.rules.operator import named_arguments
-from shardspec.rules.parse import Entry, ParamClaim
+from shardspec.rules.parse import Entry, ParamClaim, Storage
 from shardspec.stages import Claims, Survey, TypedProgram
 from shardspec.tracing import user_frame
 
@@ -80,15 +80,20 @@ def lower_params(
     """A plan for every parameter and buffer."""
     origin = dict.fromkeys(AXES, 0)
     unit_of = {name: unit.name for unit in units for name in unit.params}
+    sizes = mesh.shape
+    shapes: dict[tuple[Layout, Storage], tuple[int, ...]] = {}
     plans: dict[str, ParamPlan] = {}
     for name, claim in claims.items():
         known = names.parameters[name]
-        plan = ParamPlan(
+        key = (claim.layout, claim.storage)
+        if key not in shapes:
+            shapes[key] = part_shape(claim.layout, claim.storage, origin, mesh)
+        plans[name] = ParamPlan(
             spec=str(claim.entry.rule.value),
             rule=claim.entry.rule.pattern,
             layout=claim.layout,
             shape=claim.shape,
-            local_shape=(),
+            local_shape=shapes[key],
             dtype=str(claim.dtype).removeprefix("torch."),
             storage_dim=claim.storage.dim,
             storage=claim.storage.axes,
@@ -98,9 +103,8 @@ def lower_params(
             persistent=known.persistent,
             first=known.first,
             unit=unit_of.get(known.first, ""),
-            mesh_sizes=mesh.shape,
+            mesh_sizes=sizes,
         )
-        plans[name] = evolve(plan, local_shape=stored_shape(plan, origin, mesh))
     return plans
 
 

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.distributed.tensor import Placement, Replicate, Shard
 
-from shardspec.layout import local_size
+from shardspec.layout import Layout
 from shardspec.mesh import AXES, Mesh
 from shardspec.plan import ParamPlan
+from shardspec.rules.parse import Storage
 from shardspec.torch_private import strided_shard
 
 
@@ -75,8 +76,13 @@ def storage_rows(rows: int, axes: Sequence[str], coordinate: Mapping[str, int], 
 
 def stored_shape(param: ParamPlan, coordinate: Mapping[str, int], mesh: Mesh) -> tuple[int, ...]:
     """The shape of what a rank stores."""
-    shape = [local_size(digits) for digits in param.layout.dims]
-    if param.storage:
-        start, stop = storage_rows(shape[param.storage_dim], param.storage, coordinate, mesh)
-        shape[param.storage_dim] = stop - start
+    return part_shape(param.layout, Storage(param.storage_dim, param.storage), coordinate, mesh)
+
+
+def part_shape(layout: Layout, storage: Storage, coordinate: Mapping[str, int], mesh: Mesh) -> tuple[int, ...]:
+    """The shape of a rank's part of what lies so in compute and is stored so."""
+    shape = list(layout.shape)
+    if storage.axes:
+        start, stop = storage_rows(shape[storage.dim], storage.axes, coordinate, mesh)
+        shape[storage.dim] = stop - start
     return tuple(shape)

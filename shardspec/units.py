@@ -79,15 +79,16 @@ def _fill(groups: list[list[str]], first_names: Mapping[str, str]) -> Iterator[U
             # The root holds whatever is in no unit: what merges with it belongs to it.
             merged[one if two == root else two] = two if two == root else one
         held.setdefault(first, unit)
+    params: dict[int, list[str]] = {}
+    for name, unit in held.items():
+        params.setdefault(find(unit), []).append(name)
+    modules: dict[int, list[str]] = {}
+    for index, group in enumerate(groups):
+        modules.setdefault(find(index), []).extend(group)
     for index in [*range(len(groups)), root]:
-        if find(index) != index:
-            continue
-        modules = [m for other, group in enumerate(groups) if find(other) == index for m in group]
-        params = tuple(name for name, unit in held.items() if find(unit) == index)
-        if index == root:
-            yield UnitPlan(name="", modules=(), params=params)
-        else:
-            yield UnitPlan(name="+".join(modules), modules=tuple(modules), params=params)
+        if find(index) == index:
+            own = tuple(modules.get(index, ())) if index != root else ()
+            yield UnitPlan(name="+".join(own), modules=own, params=tuple(params.get(index, ())))
 
 
 def resolve_attributes(

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from shardspec.compiler import Compiler, settle
 from shardspec.diagnostics import Diagnostic, refuse
 from shardspec.mesh import BATCH_AXES, Mesh, degree
 from shardspec.placement import local_index, stored_shape
-from shardspec.plan import ActivationPlan, ParamPlan, Plan
+from shardspec.plan import ActivationPlan, ParamPlan, Plan, UnitPlan
 from shardspec.policy import Policy
+from shardspec.rules.match import fold
+from shardspec.rules.table import Rules
 from shardspec.runtime.apply import LocalModel, apply, build_source, local_part
 from shardspec.runtime.attach import Wiring, attach
 from shardspec.runtime.fabric import Fabric, agree, check_world, connect, join_world
@@ -69,11 +71,14 @@ class Sharded:
         self, model: Model, rules: Any, inputs: Batch | None, world: int
     ) -> tuple[Compiler, Mapping[str, str]]:
         """Check everything that can be before a device is touched; and what must be the same on every rank."""
+        check_arguments(model, rules, self.mesh, inputs)
         compiler = Compiler(survey(model), rules, self.policy)
         self.params, self.units, self.attributes = compiler.static(self.mesh)
         if inputs is not None:
+            check_batch(inputs)
             compiler.entries(self.mesh, inputs)
             self.plan = compiler.plan(self.mesh, inputs)
+        settle(unmatched_policy(self.policy, self.units))
         check_world(self.mesh, world)
         if world == 1:
             return compiler, {}
@@ -101,6 +106,7 @@ class Sharded:
 
     def program(self, batch: Batch, loss_fn: LossFn | None, *, training: bool | None = None) -> Plan:
         """The plan for a shape of local batch and a loss; typed when first met, before anything runs."""
+        check_batch(batch)
         key = (batch_key(batch), loss_fn, training)
         found = self.programs.get(key)
         if found is None:
@@ -142,6 +148,7 @@ class Sharded:
         Raises:
             ShardingError: SS401, SS301 for entries that the table does not know or the mesh does not divide.
         """
+        check_batch(batch)
         key = batch_key(batch)
         if key not in self._entries:
             self._entries[key] = self.compiler.entries(self.mesh, batch)
@@ -272,6 +279,12 @@ class Sharded:
 
     def _misfits(self, state_dict: Mapping[str, Tensor]) -> list[Diagnostic]:
         found: list[Diagnostic] = []
+        if not isinstance(state_dict, Mapping):
+            return [Diagnostic(code="SS404", what=f"a state dict maps names to tensors; this is a {_type(state_dict)}")]
+        for name, item in state_dict.items():
+            if not isinstance(item, Tensor):
+                found.append(Diagnostic(code="SS404", what=f"{name} is a {_type(item)}, not a tensor"))
+        state_dict = {name: item for name, item in state_dict.items() if isinstance(item, Tensor)}
         names = {plan.first: [] for plan in self.params.values()}
         for name, plan in self.params.items():
             names[plan.first].append(name)
@@ -307,8 +320,12 @@ class Sharded:
     def state(self, locals_: dict[str, Tensor], optimizer: Optimizer | None, seed: int) -> TrainState:
         """A state of step 0 over local tensors."""
         trained = {name: local for name, local in locals_.items() if self.params[name].trained}
+        optimizer = None if optimizer is None else as_optimizer(optimizer)
         if optimizer is not None and optimizer.check is not None:
-            optimizer.check(trained)
+            try:
+                optimizer.check(trained)
+            except ValueError as error:
+                refuse("SS407", str(error), why=f"the model trains {', '.join(map(fold, trained))}")
         opt = None if optimizer is None else OptState(optimizer, optimizer.init(trained), self.specs)
         return TrainState(
             step=0,
@@ -423,6 +440,63 @@ def same_tensor(one: Tensor, two: Tensor) -> bool:
     if one is two or isinstance(one, DTensor) or isinstance(two, DTensor):
         return True
     return one.shape == two.shape and one.dtype == two.dtype and torch.equal(one, two)
+
+
+def _type(item: Any) -> str:
+    return type(item).__name__
+
+
+def check_arguments(model: Any, rules: Any, mesh: Any, inputs: Any) -> None:
+    """SS101 and SS401 for arguments that are no mesh, table, model or batch."""
+    if not isinstance(mesh, Mesh):
+        refuse(
+            "SS101",
+            f"the mesh is a {_type(mesh)}: {mesh!r}",
+            advice=('give ss.Mesh(fsdp=2, tp=2), or ss.Mesh.parse("fsdp=2,tp=2")',),
+        )
+    if not isinstance(rules, Rules):
+        refuse("SS401", f"the table is a {_type(rules)}", advice=("give ss.Rules(params=..., activations=...)",))
+    if not callable(model):
+        refuse("SS401", f"the model is a {_type(model)}", why="it is a module, or a function that builds one")
+    if inputs is not None:
+        check_batch(inputs)
+
+
+def check_batch(batch: Any) -> None:
+    """SS401 for a batch that maps no names to its entries."""
+    if not isinstance(batch, Mapping):
+        refuse("SS401", f"the batch is a {_type(batch)}", why="a batch maps names to its entries")
+
+
+def unmatched_policy(policy: Policy, units: tuple[UnitPlan, ...]) -> Iterator[Diagnostic]:
+    """SS405 for a pattern of the policy that matches no unit."""
+    names = [name for unit in units if unit.modules for name in (unit.name, *unit.modules)]
+    for option in ("remat", "compile", "reshard_after_forward"):
+        patterns = getattr(policy, option)
+        for pattern in () if isinstance(patterns, bool) else patterns:
+            if not any(re.fullmatch(pattern, name) for name in names):
+                yield Diagnostic(
+                    code="SS405",
+                    what=f'{option}: r"{pattern}" matches no unit',
+                    why=f"the units are {', '.join(dict.fromkeys(map(fold, names))) or 'none but the root'}",
+                )
+
+
+def as_optimizer(optimizer: Any) -> Optimizer:
+    """Any pair of `init` and `update` as an optimizer: one of ours, an object that has both, or a tuple."""
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    pair = (getattr(optimizer, "init", None), getattr(optimizer, "update", None))
+    if isinstance(optimizer, tuple) and len(optimizer) == 2:
+        pair = optimizer
+    if isinstance(optimizer, type) or not all(map(callable, pair)):
+        refuse(
+            "SS407",
+            f"the optimizer is {optimizer!r}",
+            why="an optimizer is a pair of pure functions, init(params) and update(grads, opt_state, params, step)",
+            advice=("give ss.adamw(...), ss.sgd(...) or ss.Optimizer(init=..., update=...)",),
+        )
+    return Optimizer(*pair)
 
 
 def placements_of_one(mesh: Any) -> tuple[Any, ...]:

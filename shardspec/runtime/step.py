@@ -151,6 +151,8 @@ def train_step(
         ShardingError: where the loss or the batch does not fit, before anything runs.
         NonFiniteError: where the step that made the state met a loss or gradient that is not finite.
     """
+    check_sharded(sharded, "ss.train_step")
+    check_clip(clip)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         sharded.check_state(state)
@@ -173,6 +175,18 @@ def train_step(
         return new, metrics_of(new, finite, loss=total / weight, weight=weight, grad_norm=norm)
 
     return step
+
+
+def check_sharded(sharded: Any, what: str) -> None:
+    """SS407 for what `ss.shard` did not make."""
+    if not isinstance(sharded, Sharded):
+        refuse("SS407", f"{what} takes what ss.shard returns, and was given a {type(sharded).__name__}")
+
+
+def check_clip(clip: float | None) -> None:
+    """SS405 for a norm that is none."""
+    if clip is not None and not clip > 0:
+        refuse("SS405", f"clip={clip}", why="the largest norm is above 0; None does not clip")
 
 
 @contextmanager
@@ -311,6 +325,9 @@ def update(
         ShardingError: SS407 for gradients of parameters that the state does not train, or of another layout.
         NonFiniteError: where the update that made the state met a gradient that is not finite.
     """
+    check_clip(clip)
+    if not isinstance(state, TrainState):
+        refuse("SS407", f"ss.update takes (state, grads), and was given a {type(state).__name__} for a state")
     home: Sharded = state.home
     home.check_state(state)
     state.check_finite()
@@ -330,6 +347,8 @@ def update(
 
 def eval_step(sharded: Sharded, loss_fn: LossFn) -> Callable[[TrainState, Batch], Metrics]:
     """`evaluate(state, batch) -> {"loss", "weight"}`: the loss in eval mode, without gradients; donates nothing."""
+
+    check_sharded(sharded, "ss.eval_step")
 
     def evaluate(state: TrainState, batch: Batch) -> Metrics:
         sharded.check_state(state)
