@@ -84,7 +84,11 @@ def find_family(name: str) -> ModuleType:
     families = sorted(module.name for module in pkgutil.iter_modules(models.__path__) if module.ispkg)
     if name not in families:
         raise UsageError(f"unknown family {name!r}: there are {', '.join(families)}")
-    return importlib.import_module(f"models.{name}")
+    family = importlib.import_module(f"models.{name}")
+    reads = getattr(family, "READS", "text")
+    if reads != "text":
+        raise UsageError(f"family {name!r} reads {reads}: this job trains on text")
+    return family
 
 
 def find_preset(family: ModuleType, name: str) -> object:
@@ -268,7 +272,7 @@ def sample(state: ss.TrainState, build: Callable[[], torch.nn.Module], seed: int
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(full[name])
-    return generate(model, PROMPT, length=300, seed=seed)
+    return generate(model.eval(), PROMPT, length=300, seed=seed)
 
 
 @torch.no_grad()

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from shardspec.diagnostics import Diagnostic, Location
-from shardspec.infer import absolute
+from shardspec.infer import absolute, graphs
 from shardspec.layout import Layout
 from shardspec.mesh import Mesh
-from shardspec.program import Graph, Program
+from shardspec.program import Program
 from shardspec.rules.fit import check_rank, layout_of, learn_sizes
 from shardspec.rules.match import assign, idle_batch_axes
 from shardspec.rules.parse import Entry, ParamClaim, Sizes, Storage, Table
@@ -52,6 +52,7 @@ def match_params(table: Table, names: Survey, mesh: Mesh) -> tuple[dict[str, Par
         else:
             shaped.append((name, entry, names.parameters[name].shape))
     sizes, conflicts = learn_sizes(shaped, table.rules.sizes)
+    clashing = {place for conflict in conflicts for place in conflict.locations[:1]}
     params: dict[str, ParamClaim] = {}
     uneven: dict[Any, Diagnostic] = {}
     fitted: dict[tuple[Entry, tuple[int, ...]], tuple[Layout, Storage, Diagnostic | None]] = {}
@@ -59,7 +60,7 @@ def match_params(table: Table, names: Survey, mesh: Mesh) -> tuple[dict[str, Par
         if (entry, shape) not in fitted:
             fitted[entry, shape] = layout_of(entry, name, shape, sizes.known, mesh, storage=True)
         layout, storage, problem = fitted[entry, shape]
-        if problem:
+        if problem and entry.location not in clashing:
             uneven.setdefault((entry, shape), problem)
         known = names.parameters[name]
         params[name] = ParamClaim(
@@ -147,15 +148,4 @@ def match_points(
 
 
 def _learn_more(sizes: Sizes, fits: list[tuple[str, Entry, tuple[int, ...]]]) -> tuple[Sizes, list[Diagnostic]]:
-    more, conflicts = learn_sizes(fits, sizes.known)
-    for name in sizes.known:
-        more.place[name] = sizes.place[name]
-    return more, conflicts
-
-
-def graphs(graph: Graph, fqn: str) -> Iterable[tuple[str, Graph]]:
-    """The program and every call of a block, with the FQN that its names are relative to."""
-    yield fqn, graph
-    for node in graph.nodes:
-        if node.op == "block":
-            yield from graphs(node.func.block, absolute(fqn, node.func.fqn))
+    return learn_sizes(fits, sizes.known, sizes.place)

@@ -14,6 +14,7 @@ from shardspec.constraints import Constraint
 from shardspec.diagnostics import Diagnostic, ShardingError
 from shardspec.dryrun import dry_run
 from shardspec.fixes import Attempt
+from shardspec.hazards import hazards
 from shardspec.mesh import AXES, Mesh
 from shardspec.plan import ActivationPlan, ParamPlan, Plan, UnitPlan
 from shardspec.policy import Policy
@@ -100,9 +101,13 @@ class Compiler:
         with uncollected():
             table, units, attributes = self.declared(mesh)
             params, sizes, found = match_params(table, self.names, mesh)
-            inputs = microbatch_shapes(table, mesh, inputs, self.policy.accumulate)
+            batch, inputs = inputs, microbatch_shapes(table, mesh, inputs, self.policy.accumulate)
             attempt = Attempt(
-                self.rules, mesh, lambda rules, other: self.check(rules, other, inputs, loss, training), fix
+                self.rules,
+                mesh,
+                lambda rules, other: self.check(rules, other, inputs, loss, training),
+                lambda rules, other: self.passes(rules, other, batch, loss, training),
+                fix,
             )
             settle(attempt.fixed(found))
             program = self.program(inputs, loss, training)
@@ -188,6 +193,16 @@ class Compiler:
                     found = typecheck(program, claims, mesh, has_loss=loss is not None).diagnostics
         return found
 
+    def passes(
+        self, rules: Rules, mesh: Mesh, inputs: Batch, loss: Callable[..., Any] | None, training: bool | None
+    ) -> bool:
+        """Whether other rules pass every stage."""
+        try:
+            Compiler(self.names, rules, self.policy, self.traces).plan(mesh, inputs, loss, training=training, fix=False)
+        except ShardingError:
+            return False
+        return True
+
     def legal_meshes(self, world: int, inputs: Batch, loss: Callable[..., Any] | None) -> tuple[Mesh, ...]:
         """Every mesh of `world` ranks over the axes of the table that passes the check.
 
@@ -256,15 +271,14 @@ def assemble(
     """The plan of a typed program.
 
     Raises:
-        ShardingError: SS307, SS308, SS310 and SS316, for gradients or a loss that no reduction makes right; SS216
-            for a parameter that is read while it is not gathered.
+        ShardingError: SS307, SS308 and SS310 for gradients or a loss that no reduction makes right; what `hazards`
+            finds.
     """
     owed, found = lowering.owed_axes(typed, names)
     params = lowering.lower_params(typed.claims.params, names, owed, units, typed.mesh)
     found += [
         *lowering.check_storage(params, owed, typed.claims),
-        *lowering.check_maxima(typed),
-        *lowering.check_units(typed, params, units),
+        *hazards(typed, params, units),
     ]
     loss, wrong = lowering.lower_loss(typed) if has_loss else (None, [])
     settle([*found, *wrong])

@@ -1,8 +1,8 @@
 """Turn refusals and conflicts into diagnostics: rule, model line, reason, and edits worth trying."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from attrs import evolve, frozen
+from attrs import evolve
 
 from shardspec.cotangent import Conflict
 from shardspec.diagnostics import Diagnostic, Location
@@ -18,9 +18,10 @@ from shardspec.infer import (
     spec_text,
 )
 from shardspec.layout import Layout, canonical
-from shardspec.program import tensors
+from shardspec.mesh import AXES
+from shardspec.program import Node, tensors
 from shardspec.rules.match import as_pattern, fold
-from shardspec.rules.parse import Entry, MeshEdit
+from shardspec.rules.parse import STORAGE_AXES, Entry, MeshEdit, RuleEdit, change
 from shardspec.spec import Dim, Factor, Spec
 from shardspec.stages import Claims
 
@@ -28,45 +29,57 @@ MOST_HINTS = 8
 """Edits tried for one mistake."""
 
 
-@frozen(eq=False)
-class RuleEdit:
-    """A change of the table that may mend a mistake."""
-
-    text: str
-    params: Mapping[str, str]
-    activations: Mapping[str, str]
-
-
 def explain_issues(inference: Inference, claims: Claims) -> Iterator[Diagnostic]:
     """A diagnostic for each cause of refusals."""
+    told: set[object] = set()
     for group in group_issues(inference.issues):
         issue = group[0]
         refusal = issue.refusal
-        rules = rule_locations(issue.trail, refusal.axis)
-        places = f"{len(group)} places: {_place(group[0])} ..." if len(group) > 1 else _place(issue)
+        blame = {id(s.entry) for s in issue.trail if s.entry is not None and s.source and s.carries(refusal.axis)}
+        cause = (refusal.axis, fold(issue.fqn), frozenset(blame))
+        if blame and cause in told:
+            # What a wrong parameter makes is refused again and again on its way: the first place tells it.
+            continue
+        told.add(cause)
+        rules = rule_locations(issue.trails, refusal.axis)
         yield Diagnostic(
             code=refusal.code,
             what=refusal.what,
             why=_named_why(issue, claims),
             locations=(model_location(issue), *rules),
             advice=refusal.advice,
-            matches=places,
+            matches=_places(group, inference),
             hints=tuple(_hints(issue, inference, claims)),
         )
 
 
-def _place(issue: Issue) -> str:
-    path = absolute(issue.fqn, issue.typed.graph.nodes[issue.node].path)
-    return path or "the model's own forward"
+def _places(group: Sequence[Issue], inference: Inference) -> str:
+    """Where a mistake is made: the module, in how many repeated blocks, and how often in each."""
+    issue = group[0]
+    node = issue.typed.graph.nodes[issue.node]
+    fqns = dict.fromkeys(fqn for each in group for fqn in inference.blocks_like(each.typed))
+    path = absolute(issue.fqn, node.path)
+    times = sum(each.typed is issue.typed for each in group)
+    return _blocks(fold(path) if len(fqns) > 1 else path, list(fqns), times)
 
 
-def rule_locations(trail: Sequence[Stop], axis: str) -> tuple[Location, ...]:
-    """The rules that brought the axis to the refused operands, and the first that left it out."""
-    ruled = [stop for stop in trail if stop.entry is not None]
-    with_axis = [stop for stop in ruled if stop.carries(axis)]
-    without = [stop for stop in ruled if not stop.carries(axis)]
-    chosen = [stop.entry.location for stop in (*with_axis, *without[:1]) if stop.entry is not None]
-    return tuple(dict.fromkeys(chosen))[:4]
+def _blocks(path: str, fqns: Sequence[str], times: int = 1) -> str:
+    """A path with the number of repeated blocks that it stands for, and of calls in each."""
+    notes = [f"{len(fqns)} blocks"] if len(fqns) > 1 else []
+    notes += [f"{times} calls" + (" in each" if len(fqns) > 1 else "")] if times > 1 else []
+    name = path or "the model's own forward"
+    return f"{name} ({', '.join(notes)})" if notes else name
+
+
+def rule_locations(trails: Sequence[Sequence[Stop]], axis: str) -> tuple[Location, ...]:
+    """For each refused operand, the rules that brought the axis to it, or those of what it was made from."""
+    chosen: list[Stop] = []
+    for trail in trails:
+        ruled = [stop for stop in trail if stop.entry is not None]
+        carrying = [stop for stop in ruled if stop.carries(axis)]
+        sources = [stop for stop in ruled if stop.source]
+        chosen += carrying or sources[:2] or ruled[:1]
+    return tuple(dict.fromkeys(stop.entry.location for stop in chosen if stop.entry is not None))[:4]
 
 
 def _named_why(issue: Issue, claims: Claims) -> str:
@@ -107,17 +120,39 @@ def _edits(stop: Stop, axis: str, inference: Inference, claims: Claims, issue: I
         return
     spec = stop.entry.spec
     if stop.carries(axis) or axis in spec.axes:
+        if stop.entry.rule.kind == "params":
+            yield from _put_first(stop.entry, spec, axis)
         yield change(stop.entry, str(without_axis(spec, axis)))
         if stop.entry.rule.kind == "params":
             yield from _put_elsewhere(stop.entry, without_axis(spec, axis), axis)
         return
+    if issue.refusal.code == "SS303" and stop.source and stop.entry.rule.kind == "params":
+        # Complete beside a pending sum: read as a share, it is counted once.
+        for bare in dict.fromkeys((spec, without_axes(spec, STORAGE_AXES))):
+            yield change(stop.entry, str(evolve(bare, pending=(*bare.pending, axis))))
     # A whole operand beside a split one: lay it out as its partner is, along the factor of the same name.
     for partner in issue.trail:
         for factor in factors_with(partner.entry, axis):
             if any(factor == own.name for dim in spec.dims for own in dim.factors):
-                yield change(stop.entry, str(with_axis(spec, factor, axis)))
+                first = stop.entry.rule.kind == "params"
+                yield change(stop.entry, str(with_axis(spec, factor, axis, first=first)))
     if stop.entry.rule.kind == "params":
         yield from _put_elsewhere(stop.entry, spec, axis)
+
+
+def _put_first(entry: Entry, spec: Spec, axis: str) -> Iterator[RuleEdit]:
+    """The axis on the most major factor of its group, and the factor that has it in front of the others."""
+    for index, dim in enumerate(spec.dims):
+        held = [factor for factor in dim.factors if axis in factor.axes]
+        if not held or dim.factors[0] is held[0]:
+            continue
+        others = [factor for factor in dim.factors if factor is not held[0]]
+        bare = evolve(held[0], axes=tuple(name for name in held[0].axes if name != axis))
+        swapped = [evolve(others[0], axes=(axis, *others[0].axes)), *others[1:]]
+        place = dim.factors.index(held[0])
+        for factors in ((held[0], *others), (*swapped[:place], bare, *swapped[place:])):
+            dims = (*spec.dims[:index], evolve(dim, factors=factors), *spec.dims[index + 1 :])
+            yield change(entry, str(evolve(spec, dims=dims)))
 
 
 def _put_elsewhere(entry: Entry, spec: Spec, axis: str) -> Iterator[RuleEdit]:
@@ -141,19 +176,16 @@ def add_point(name: str, text: str) -> RuleEdit:
     return RuleEdit(f'add to activations: r"{pattern}": "{text}"', {}, {pattern: text})
 
 
-def change(entry: Entry, text: str) -> RuleEdit:
-    """Give an entry another spec."""
-    pattern = entry.rule.pattern
-    edit = {pattern: text}
-    words = f'r"{pattern}": "{text}" (was "{entry.rule.value}")'
-    return RuleEdit(words, *((edit, {}) if entry.rule.kind == "params" else ({}, edit)))
-
-
 def without_axis(spec: Spec, axis: str) -> Spec:
     """The spec with an axis taken off."""
+    return without_axes(spec, (axis,))
+
+
+def without_axes(spec: Spec, gone: Sequence[str]) -> Spec:
+    """The spec with axes taken off."""
 
     def drop(axes: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(name for name in axes if name != axis)
+        return tuple(name for name in axes if name not in gone)
 
     dims = tuple(
         evolve(dim, factors=tuple(evolve(f, axes=drop(f.axes)) for f in dim.factors), axes=drop(dim.axes))
@@ -162,11 +194,12 @@ def without_axis(spec: Spec, axis: str) -> Spec:
     return evolve(spec, dims=dims, pending=drop(spec.pending))
 
 
-def with_axis(spec: Spec, factor: str, axis: str) -> Spec:
-    """The spec with an axis put on a factor."""
+def with_axis(spec: Spec, factor: str, axis: str, *, first: bool = True) -> Spec:
+    """The spec with an axis put on a factor: in front of those that store, or else in the order of the mesh."""
 
     def put(own: Factor) -> Factor:
-        return evolve(own, axes=(axis, *own.axes)) if own.name == factor else own
+        axes = (axis, *own.axes)
+        return evolve(own, axes=axes if first else tuple(sorted(axes, key=AXES.index))) if own.name == factor else own
 
     dims = tuple(Dim(tuple(map(put, dim.factors)), dim.axes, dim.grouped) for dim in spec.dims)
     return evolve(spec, dims=dims)
@@ -186,15 +219,24 @@ def declared_as(layout: Layout, shape: tuple[int, ...], claims: Claims, inferenc
             fits = spec.ellipsis is None and not spec.open_end and _fits(spec, shape, claims)
             if fits and inference.layout_of(evolve(entry, spec=spec), "", shape) == layout:
                 return str(spec)
-    return spec_text(layout, shape, claims.sizes.known)
+    known = claims.sizes.known
+    alike = [[_name(dim) for dim in e.spec.dims] for e in claims.table.activations if len(e.spec.dims) == len(shape)]
+    best = max(alike, key=lambda names: sum(known.get(n) == s for n, s in zip(names, shape, strict=True)), default=())
+    return spec_text(layout, shape, known, best)
+
+
+def _name(dim: Dim) -> str:
+    """The name of a dim that is one factor."""
+    return dim.factors[0].name if len(dim.factors) == 1 else ""
 
 
 def _fits(spec: Spec, shape: tuple[int, ...], claims: Claims) -> bool:
     """Whether a spec's factors have the sizes of a tensor's dims."""
     if len(spec.dims) != len(shape):
         return False
-    names = [dim.factors[0].name if len(dim.factors) == 1 else "" for dim in spec.dims]
-    return all(claims.sizes.known.get(name, length) == length for name, length in zip(names, shape, strict=True))
+    return all(
+        claims.sizes.known.get(_name(dim), length) == length for dim, length in zip(spec.dims, shape, strict=True)
+    )
 
 
 def explain_conflicts(conflicts: Iterable[Conflict], inference: Inference, claims: Claims) -> Iterator[Diagnostic]:
@@ -203,7 +245,8 @@ def explain_conflicts(conflicts: Iterable[Conflict], inference: Inference, claim
     for conflict in conflicts:
         graph = conflict.typed.graph
         value = graph.values[conflict.value]
-        owing, complete = graph.nodes[_origin(conflict)], _use(conflict, conflict.complete[0])
+        origin = _origin(conflict)
+        owing, complete = graph.nodes[origin], _use(conflict, conflict.complete[0])
         what = _value_name(conflict)
         key = (owing.file, owing.line, conflict.axis, fold(what))
         if key in seen:
@@ -217,11 +260,25 @@ def explain_conflicts(conflicts: Iterable[Conflict], inference: Inference, claim
                 f"{complete} gives every rank the whole of it\n"
                 f"added, the complete part would be counted {inference.sizes[conflict.axis]} times"
             ),
-            locations=(owing.location, *((entry.entry.location,) if entry else ())),
+            locations=(
+                owing.location,
+                *((entry.entry.location,) if entry else ()),
+                *_rules_read(conflict, owing, claims),
+            ),
+            matches=_blocks(fold(conflict.fqn), inference.blocks_like(conflict.typed)),
             advice=("declare the activation where the uses part, so that the shares are summed there",),
             hints=tuple(_point_hints(conflict, inference, claims)),
         )
     yield from seen.values()
+
+
+def _rules_read(conflict: Conflict, node: Node, claims: Claims) -> Iterator[Location]:
+    """The rules of the parameters that an operation reads split over the axis."""
+    for ref in tensors(node.args):
+        name = conflict.typed.graph.values[ref.index].name
+        claim = claims.params.get(absolute(conflict.fqn, name)) if name else None
+        if claim is not None and conflict.axis in claim.layout.sharded:
+            yield claim.entry.location
 
 
 def _origin(conflict: Conflict) -> int:
@@ -242,7 +299,9 @@ def _use(conflict: Conflict, at: int) -> str:
     if at < 0:
         return "the output"
     node = conflict.typed.graph.nodes[at]
-    return f"{node.op if node.op != 'point' else node.func[0]} ({node.location})"
+    place = node.location
+    name = absolute(conflict.fqn, node.func[0]) if node.op == "point" else node.op
+    return f"{name} ({place.file}:{place.line})"
 
 
 def _value_name(conflict: Conflict) -> str:
@@ -261,20 +320,32 @@ def _value_name(conflict: Conflict) -> str:
 def _point_hints(conflict: Conflict, inference: Inference, claims: Claims) -> Iterator[RuleEdit]:
     """Unclaimed points behind the owing uses: declared as they are, they complete the gradient."""
     typed, graph = conflict.typed, conflict.typed.graph
+    direct = [edit for at in conflict.owing if (edit := _declare(conflict, at, inference, claims)) is not None]
+    if len(direct) > 1:
+        merged = {pattern: text for edit in direct for pattern, text in edit.activations.items()}
+        shown = ", ".join(f'r"{pattern}": "{text}"' for pattern, text in merged.items())
+        yield RuleEdit(f"add to activations: {shown}", {}, merged)
     wave = list(conflict.owing)
     found = 0
     for at in wave:
         if at < 0 or found == MOST_HINTS:
             continue
-        node = graph.nodes[at]
-        if node.op == "point" and at not in typed.transitions:
-            kind = typed.types[node.args[0].index]
-            shape = graph.values[node.args[0].index].shape
-            text = declared_as(kind.layout, shape, claims, inference, conflict.axis) if kind else None
-            if text:
-                yield add_point(absolute(conflict.fqn, node.func[0]), text)
-                found += 1
-        wave += [later for later in users(typed, node.outputs) if later not in wave]
+        edit = _declare(conflict, at, inference, claims)
+        if edit is not None:
+            yield edit
+            found += 1
+        wave += [later for later in users(typed, graph.nodes[at].outputs) if later not in wave]
+
+
+def _declare(conflict: Conflict, at: int, inference: Inference, claims: Claims) -> RuleEdit | None:
+    """A rule for an unclaimed point that leaves it as it is."""
+    typed, graph = conflict.typed, conflict.typed.graph
+    if at < 0 or graph.nodes[at].op != "point" or at in typed.transitions:
+        return None
+    source = graph.nodes[at].args[0].index
+    kind = typed.types[source]
+    text = declared_as(kind.layout, graph.values[source].shape, claims, inference, conflict.axis) if kind else None
+    return add_point(absolute(conflict.fqn, graph.nodes[at].func[0]), text) if text else None
 
 
 def users(typed: TypedGraph, outputs: Sequence[int | None]) -> list[int]:

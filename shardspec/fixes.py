@@ -7,7 +7,7 @@ from attrs import define, evolve
 
 from shardspec.diagnostics import Diagnostic
 from shardspec.mesh import Mesh
-from shardspec.rules.parse import MeshEdit
+from shardspec.rules.parse import MeshEdit, RuleEdit
 from shardspec.rules.table import Rules
 
 
@@ -19,6 +19,8 @@ class Attempt:
     mesh: Mesh
     check: Callable[[Rules, Mesh], Iterable[Diagnostic]]
     """What the check finds with other rules or another mesh."""
+    confirm: Callable[[Rules, Mesh], bool]
+    """Whether the whole compilation passes with other rules or on another mesh."""
     wanted: bool = True
     """Whether anybody will read the fixes."""
 
@@ -33,14 +35,28 @@ class Attempt:
         for each in left:
             if identity(each) in mended:
                 continue
-            passing = sorted(self._passing(each, before), key=lambda fix: -len(fix[1]))
-            fixes = tuple(dict.fromkeys((*each.fixes, *(text for text, _ in passing))))[:MOST_FIXES]
+            passing = self._best(each, before)
+            fixes = tuple(dict.fromkeys((*each.fixes, *(text for text, _ in passing))))
             if passing:
                 mended |= passing[0][1]
-            told.append(evolve(each, hints=(), fixes=fixes))
+            told.append(evolve(each, hints=(), fixes=fixes, advice=() if fixes else each.advice))
         return told
 
-    def _passing(self, diagnostic: Diagnostic, before: set[Any]) -> Iterator[tuple[str, set[Any]]]:
+    def _best(self, diagnostic: Diagnostic, before: set[Any]) -> list[tuple[str, set[Any]]]:
+        """The fixes that mend most; one that leaves no mistake must pass the later stages too."""
+        best: list[tuple[str, set[Any]]] = []
+        for text, mends, edit in sorted(self._passing(diagnostic, before), key=lambda fix: -len(fix[1])):
+            if len(best) < MOST_FIXES and (mends < before or self._confirmed(edit)):
+                best.append((text, mends))
+        return best
+
+    def _confirmed(self, edit: RuleEdit | None) -> bool:
+        return edit is None or self.confirm(self._edited(edit), self.mesh)
+
+    def _edited(self, edit: RuleEdit) -> Rules:
+        return self.rules.override(params=edit.params, activations=edit.activations, drop=edit.drop)
+
+    def _passing(self, diagnostic: Diagnostic, before: set[Any]) -> Iterator[tuple[str, set[Any], RuleEdit | None]]:
         """The hints that mend a mistake and bring no other, with all the mistakes that they mend."""
         own = identity(diagnostic)
         for hint in diagnostic.hints:
@@ -49,12 +65,11 @@ class Attempt:
                 legal = [n for n, left in after.items() if left <= before - {own}]
                 if legal:
                     mends = before - set[Any]().union(*(after[n] for n in legal))
-                    yield f"{hint.axis} in {{{', '.join(map(str, legal))}}}", mends
+                    yield f"{hint.axis} in {{{', '.join(map(str, legal))}}}", mends, None
                 continue
-            rules = self.rules.override(params=hint.params, activations=hint.activations)
-            after_edit = self.finds(rules, self.mesh)
+            after_edit = self.finds(self._edited(hint), self.mesh)
             if after_edit <= before - {own}:
-                yield hint.text, before - after_edit
+                yield hint.text, before - after_edit, hint
 
     def finds(self, rules: Rules, mesh: Mesh) -> set[Any]:
         """The mistakes that are left with an edit."""

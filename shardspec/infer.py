@@ -1,5 +1,6 @@
 """Type a program: a layout for every value, a transition for every declared point, or the reason why not."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -65,8 +66,13 @@ class Issue:
     node: int
     fqn: str
     refusal: Refusal
-    trail: tuple["Stop", ...] = ()
-    """The points that the refused operands came through."""
+    trails: tuple[tuple["Stop", ...], ...] = ()
+    """For each refused operand, the points and parameters that it came through, nearest first."""
+
+    @property
+    def trail(self) -> tuple["Stop", ...]:
+        """All of them in one row."""
+        return tuple(stop for trail in self.trails for stop in trail)
 
 
 @frozen(eq=False)
@@ -77,6 +83,8 @@ class Stop:
     layout: Layout
     shape: tuple[int, ...]
     entry: Entry | None
+    source: bool = False
+    """Whether nothing comes before it: a parameter, a buffer or a batch entry."""
 
     def carries(self, axis: str) -> bool:
         """Whether the value is split or pending over the axis here."""
@@ -92,6 +100,14 @@ def absolute(fqn: str, relative: str) -> str:
     return f"{fqn}.{relative}"
 
 
+def graphs(graph: Graph, fqn: str) -> Iterator[tuple[str, Graph]]:
+    """A program and every call of a block, with the FQN that its names are relative to."""
+    yield fqn, graph
+    for node in graph.nodes:
+        if node.op == "block":
+            yield from graphs(node.func.block, absolute(fqn, node.func.fqn))
+
+
 @define(eq=False)
 class Inference:
     """The typing of one program under one table and one mesh."""
@@ -104,10 +120,13 @@ class Inference:
     issues: list[Issue] = field(factory=list)
     memo: dict[Any, tuple[TypedGraph, tuple[Type | None, ...]]] = field(factory=dict)
     stack: list[tuple[TypedGraph, int]] = field(factory=list)
+    calls: tuple[tuple[str, Graph], ...] = ()
+    """The program and every call of a block, with its FQN."""
 
     def program(self, program: Program) -> TypedGraph:
         """Type the whole program; `issues` holds what was refused."""
         typed = TypedGraph(program, "", [None] * len(program.values))
+        self.calls = tuple(graphs(program, ""))
         for name, index in program.entries.items():
             value = program.values[index]
             entry = self.points.get(name)
@@ -227,6 +246,17 @@ class Inference:
                 key.append(self._block_key(node.func.block, absolute(fqn, node.func.fqn)))
         return tuple(key)
 
+    def blocks_like(self, typed: TypedGraph) -> list[str]:
+        """The FQNs under which the table lets a block run as it does in `typed`, folded alike."""
+        if not isinstance(typed.graph, Block):
+            return [typed.fqn]
+        key = self._block_key(typed.graph, typed.fqn)
+        return [
+            fqn
+            for fqn, graph in self.calls
+            if graph is typed.graph and fold(fqn) == fold(typed.fqn) and self._block_key(typed.graph, fqn) == key
+        ]
+
     def _refuse(
         self,
         typed: TypedGraph,
@@ -235,12 +265,52 @@ class Inference:
         refusal: Refusal,
         refs: Sequence[Ref],
     ) -> None:
-        stops: list[Stop] = []
-        chosen = refusal.operands or range(len(refs))
-        for operand in dict.fromkeys(chosen):
-            if operand < len(refs):
-                stops += self.trail(typed, position, refs[operand].index, fqn, refusal.axis)
-        self.issues.append(Issue(typed, position, fqn, refusal, tuple(stops)))
+        frames = [*self.stack, (typed, position)]
+
+        def named(text: str) -> str:
+            return VALUE.sub(lambda match: self.describe(frames, int(match.group(1))), text)
+
+        refusal.what, refusal.why = named(refusal.what), named(refusal.why)
+        chosen = dict.fromkeys(refusal.operands or range(len(refs)))
+        trails = (
+            tuple(self.trail(typed, position, refs[operand].index, fqn, refusal.axis))
+            for operand in chosen
+            if operand < len(refs)
+        )
+        self.issues.append(Issue(typed, position, fqn, refusal, tuple(trails)))
+
+    def describe(self, frames: Sequence[tuple[TypedGraph, int]], index: int) -> str:
+        """A value as a reader knows it: by its name, or by what was done to the nearest thing that has one."""
+        done: list[str] = []
+        while len(done) < MOST_WORDS:
+            typed, at = frames[-1]
+            graph = typed.graph
+            value = graph.values[index]
+            if index in graph.nodes[at].outputs:
+                return "the product"
+            if value.name:
+                return " after ".join([absolute(typed.fqn, value.name), *_listed(done)])
+            if index in graph.inputs and len(frames) > 1:
+                frames = frames[:-1]
+                outer, call = frames[-1]
+                index = outer.graph.nodes[call].args[graph.inputs.index(index)].index
+                continue
+            made = producer(graph, index, at)
+            if made is None:
+                break
+            node = graph.nodes[made]
+            name, entry = self._claim(node, typed.fqn) if node.op == "point" else ("", None)
+            if name and (entry is not None or ":" not in name):
+                return " after ".join([absolute(typed.fqn, name), *_listed(done)])
+            sources = list(dict.fromkeys(tensors(node.args) + tensors(node.kwargs)))
+            if node.op == "block" or not sources or (len(sources) > 1 and node.op not in FOLLOWED):
+                place = absolute(typed.fqn, node.func.fqn if node.op == "block" else node.path)
+                text = place if node.op == "block" else f"the result of {node.op}"
+                return " after ".join([text, *_listed(done)])
+            if node.op not in UNSAID and node.op != "point":
+                done.append(node.op)
+            index = sources[0].index
+        return " after ".join(["a constant" if not done else "a value", *_listed(done)])
 
     def trail(self, typed: TypedGraph, position: int, index: int, fqn: str, axis: str) -> Iterator[Stop]:
         """The points and parameters that a value came through, nearest first."""
@@ -262,7 +332,7 @@ class Inference:
             entry = claim.entry if claim else self.points.get(name)
             kind = typed.types[index]
             if entry is not None and kind is not None:
-                yield Stop(name, kind.layout, value.shape, entry)
+                yield Stop(name, kind.layout, value.shape, entry, source=True)
             return
         if index in graph.inputs and len(frames) > 1:
             outer, position = frames[-2]
@@ -274,7 +344,7 @@ class Inference:
             return
         node = graph.nodes[node_at]
         if node.op == "point":
-            kind = typed.types[node.args[0].index]
+            kind = typed.types[index]
             name, entry = self._claim(node, fqn)
             if kind is not None:
                 yield Stop(absolute(fqn, name), kind.layout, value.shape, entry)
@@ -288,6 +358,26 @@ class Inference:
             yield from self._trail(frames, ref.index, fqn, seen, axis)
 
 
+VALUE = re.compile(r"<value (\d+)>")
+"""An operand in a refusal's text."""
+
+MOST_WORDS = 6
+"""How many operators a value's description names."""
+
+FOLLOWED = frozenset(
+    {"index", "slice", "view", "reshape", "gather", "masked_fill", "embedding", "type_as", "expand_as"}
+)
+"""Operators with several operands whose result is called after the first."""
+
+UNSAID = frozenset({"detach", "clone", "contiguous", "alias", "to", "_to_copy", "lift_fresh"})
+"""Operators that a reader need not hear of."""
+
+
+def _listed(done: Sequence[str]) -> list[str]:
+    """The operators of a description, first done first."""
+    return [", ".join(reversed(done))] if done else []
+
+
 MOST_STEPS = 200
 """How far back a refused operand is followed."""
 
@@ -299,9 +389,9 @@ def contracts(typed: TypedGraph, node: Node, axis: str) -> bool:
     return any(kind.layout.pending_kind(axis) for kind in outs) and any(axis in kind.layout.sharded for kind in reads)
 
 
-def producer(graph: Graph, index: int) -> int | None:
-    """The node that makes a value."""
-    return next((at for at, node in enumerate(graph.nodes) if index in node.outputs), None)
+def producer(graph: Graph, index: int, before: int | None = None) -> int | None:
+    """The node that makes a value, among those in front of another where that is given."""
+    return next((at for at, node in enumerate(graph.nodes[:before]) if index in node.outputs), None)
 
 
 def type_operator(call: Call) -> Typed:
@@ -364,7 +454,7 @@ def check_write(call: Call, answer: Typed) -> None:
     if call.node.unsafe == PARAMETER_WRITE:
         raise Refusal(
             "SS314",
-            f"{call.node.op} writes in place, and {call.node.unsafe}",
+            f"{call.node.op} writes to a parameter of the model",
             why="a step reads the parameters and gives back others; what forward writes into them is lost on a mesh",
             operands=(0,),
             advice=("compute a new tensor from the parameter, or make it a buffer",),
@@ -416,9 +506,13 @@ def model_location(issue: Issue) -> Location:
 
 
 def spec_text(layout: Layout, shape: Sequence[int], known: dict[str, int], prefer: Sequence[str] = ()) -> str | None:
-    """A spec for a layout, with names of factors that have the dims' sizes; None where no name fits."""
+    """A spec for a layout, with names of factors that have the dims' sizes; None where no name fits.
+
+    Args:
+        prefer: the name of each dim, where it has the dim's size.
+    """
     parts: list[str] = []
-    used: set[str] = set()
+    used: set[str] = set(prefer)
     for position, (dim, length) in enumerate(zip(layout.dims, shape, strict=True)):
         axes = [digit for digit in dim if isinstance(digit, str)]
         if list(dim[: len(axes)]) != axes:
@@ -435,10 +529,10 @@ def spec_text(layout: Layout, shape: Sequence[int], known: dict[str, int], prefe
 
 
 def group_issues(issues: Sequence[Issue]) -> list[list[Issue]]:
-    """Issues with one cause together: the same line, code and folded path."""
+    """Issues with one cause together: the same operator and axis at the same line of the same folded path."""
     groups: dict[Any, list[Issue]] = {}
     for issue in issues:
         node = issue.typed.graph.nodes[issue.node]
-        key = (issue.refusal.code, issue.refusal.what, node.file, node.line, fold(issue.fqn))
+        key = (issue.refusal.code, issue.refusal.axis, node.op, node.file, node.line, fold(issue.fqn))
         groups.setdefault(key, []).append(issue)
     return list(groups.values())

@@ -13,7 +13,7 @@ from shardspec.constraints import Constraint, strongest
 from shardspec.cotangent import Backward
 from shardspec.diagnostics import Diagnostic, Location
 from shardspec.infer import TypedGraph, absolute
-from shardspec.layout import MAX, MIN, Layout, dim_axes
+from shardspec.layout import Layout, dim_axes
 from shardspec.mesh import AXES, BATCH_AXES, Mesh, degree
 from shardspec.placement import part_shape
 from shardspec.plan import ActivationPlan, Collective, LossPlan, ParamPlan, PointPlan, Substitution, UnitPlan
@@ -134,55 +134,6 @@ def check_storage(
                 )
 
 
-def check_maxima(typed: TypedProgram) -> Iterator[Diagnostic]:
-    """SS316 for a gradient that passes a maximum over ranks: it belongs to the rank that holds it alone."""
-    told: set[Location] = set()
-    for fqn, graph, back in calls(typed.forward, typed.backward, ""):
-        for position in back.alive if back else ():
-            step = graph.transitions.get(position)
-            kinds = [(axis, kind) for axis, kind in step.before.pending if kind in (MAX, MIN)] if step else []
-            node = graph.graph.nodes[position]
-            if step is None or not kinds or node.location in told:
-                continue
-            told.add(node.location)
-            axis, kind = kinds[0]
-            yield Diagnostic(
-                code="SS316",
-                what=f"a gradient passes {absolute(fqn, graph.names[position])}, the {kind} over {axis} of parts",
-                why="each rank would send it to its own largest element; on the whole only one of them has it",
-                locations=(node.location, step.entry.location),
-                advice=(f"detach what the {kind} is taken of, or gather it before",),
-            )
-
-
-def check_units(
-    typed: TypedProgram, params: Mapping[str, ParamPlan], units: tuple[UnitPlan, ...]
-) -> Iterator[Diagnostic]:
-    """SS216 for a stored parameter that is read while its unit does not run, and so is not gathered."""
-    modules = {unit.name: unit.modules for unit in units}
-    told: set[str] = set()
-    for fqn, graph, _ in calls(typed.forward, typed.backward, ""):
-        index_of = {index: absolute(fqn, name) for name, index in graph.graph.params.items()}
-        for node in graph.graph.nodes:
-            path = absolute(fqn, node.path)
-            for ref in tensors(node.args) + tensors(node.kwargs):
-                plan = params.get(index_of.get(ref.index, ""))
-                if plan is None or not plan.storage or not plan.unit or fold(plan.first) in told:
-                    continue
-                if any(path == module or path.startswith(f"{module}.") for module in modules[plan.unit]):
-                    continue
-                told.add(fold(plan.first))
-                yield Diagnostic(
-                    code="SS216",
-                    what=f"{plan.first} is read in {path or 'the model'}, outside its unit {fold(plan.unit)}",
-                    why=f"it is stored over {', '.join(plan.storage)} and gathered while its unit runs, no longer",
-                    locations=(node.location, typed.claims.params[plan.first].entry.location),
-                    advice=(
-                        f"make {fold(path) or 'the model'} the unit, or leave {fold(plan.first)} to the root unit",
-                    ),
-                )
-
-
 def lower_points(typed: TypedProgram) -> dict[str, PointPlan]:
     """Name -> what the runtime does there, for the points that do anything."""
     points: dict[str, PointPlan] = {}
@@ -250,7 +201,7 @@ def run_again(typed: TypedProgram, again: tuple[str, ...]) -> set[str]:
         node = graph.graph.nodes[position]
         is_point = node.op == "point"
         place = absolute(fqn, graph.names.get(position, node.func[0]) if is_point else node.path)
-        inside = [module for module in again if place.startswith(f"{module}.") or place == module and not is_point]
+        inside = [module for module in again if place.startswith(f"{module}.") or (place == module and not is_point)]
         if node.op not in SAVES_NOTHING and not is_idle(node):
             ended.update(inside)
         elif is_point and not ended.isdisjoint(inside):
@@ -481,7 +432,7 @@ def lower_loss(typed: TypedProgram) -> tuple[LossPlan | None, list[Diagnostic]]:
     found: list[tuple[str, ...]] = []
     problems: list[Diagnostic] = []
     for what, item in zip(("sum", "weight"), result, strict=True):
-        if isinstance(item, (int, float)):
+        if isinstance(item, (int, float)) and what == "weight":
             found.append(())
             continue
         if not isinstance(item, Ref):
@@ -491,6 +442,8 @@ def lower_loss(typed: TypedProgram) -> tuple[LossPlan | None, list[Diagnostic]]:
         kind = typed.forward.types[item.index]
         if value.shape != ():
             problems.append(_bad_loss(f"the loss's {what} has shape {value.shape}, not ()", location))
+        elif what == "sum" and not value.dtype.is_floating_point:
+            problems.append(_bad_loss(f"the loss's sum is {value.dtype}: it has no gradient", location))
         elif kind is not None and any(way != "sum" for _, way in kind.layout.pending):
             axis, way = next(pair for pair in kind.layout.pending if pair[1] != "sum")
             problems.append(
@@ -508,6 +461,8 @@ def lower_loss(typed: TypedProgram) -> tuple[LossPlan | None, list[Diagnostic]]:
 
 
 def _kind(item: Any) -> str:
+    if isinstance(item, Ref):
+        return "one tensor"
     return f"a {type(item).__name__}" if not isinstance(item, (tuple, list)) else f"{len(item)} values"
 
 

@@ -1,14 +1,52 @@
-"""Hypothesis strategies: meshes, and layouts of tensors whose dims are products of small primes."""
+"""Random meshes, and layouts of tensors whose dims are products of small primes.
 
-from collections.abc import Mapping
+Each takes a `random.Random`: a seeded one is fast, and hypothesis' own (`st.randoms`) shrinks.
+"""
+
+from collections.abc import Mapping, Sequence
 from math import prod
+from random import Random
 
-from hypothesis import strategies as st
+from shardspec.layout import DimLayout, Layout
 
-from shardspec.layout import Layout
+NAMES = ("dp", "fsdp", "cp", "tp")
 
 
-def merge(digits: list) -> tuple:
+def a_mesh(rng: Random, most: int = 24) -> dict[str, int]:
+    """Axis -> size, each at least two, in mesh order, of at most so many ranks."""
+    sizes: dict[str, int] = {}
+    chosen = rng.sample(NAMES, rng.randint(1, len(NAMES)))
+    for name in NAMES:
+        size = rng.choice((2, 2, 3, 4))
+        if name in chosen and prod(sizes.values()) * size <= most:
+            sizes[name] = size
+    return sizes or {"tp": 2}
+
+
+def primes(rng: Random, most: int = 4, least: int = 0) -> list[int]:
+    """The prime factors of a dim's length."""
+    return [rng.choice((2, 2, 3)) for _ in range(rng.randint(least, most))]
+
+
+def a_dim(rng: Random, factors: Sequence[int], free: list[str], sizes: Mapping[str, int], eager: float) -> DimLayout:
+    """A dim of the length that the factors make, axes from `free` put where a factor has their size.
+
+    Axes that are used are taken out of `free`; `eager` is the chance that one that fits is.
+    """
+    digits: list = rng.sample(list(factors), len(factors))
+    for axis in rng.sample(free, len(free)):
+        size = sizes[axis]
+        spots = [(at, 1) for at, digit in enumerate(digits) if digit == size]
+        if size == 4:
+            spots += [(at, 2) for at in range(len(digits) - 1) if digits[at] == digits[at + 1] == 2]
+        if spots and rng.random() < eager:
+            at, length = rng.choice(spots)
+            digits[at : at + length] = [axis]
+            free.remove(axis)
+    return merge(digits)
+
+
+def merge(digits: Sequence[int | str]) -> DimLayout:
     """Adjacent integers merged: the canonical form."""
     merged: list = []
     for digit in digits:
@@ -19,64 +57,33 @@ def merge(digits: list) -> tuple:
     return tuple(merged)
 
 
-@st.composite
-def meshes(draw, most: int = 24) -> dict[str, int]:
-    """Axis -> size, each at least two, in mesh order."""
-    names = draw(st.lists(st.sampled_from(["dp", "fsdp", "cp", "tp"]), min_size=1, max_size=4, unique=True))
-    sizes: dict[str, int] = {}
-    for name in sorted(names, key=["dp", "fsdp", "cp", "tp"].index):
-        size = draw(st.sampled_from([2, 3, 4]))
-        if prod(sizes.values()) * size <= most:
-            sizes[name] = size
-    return sizes or {"tp": 2}
-
-
-PRIMES = st.lists(st.sampled_from([2, 2, 3]), max_size=4)
-
-
-@st.composite
-def cut(draw, primes: list[int], free: list[str], sizes: Mapping[str, int]) -> tuple:
-    """One dim of the length that the primes make, axes from `free` put where a factor has their size.
-
-    Axes that are used are taken out of `free`.
-    """
-    digits: list = list(draw(st.permutations(primes)))
-    for axis in list(draw(st.permutations(free))):
-        n = sizes[axis]
-        spots = [(i, 1) for i, digit in enumerate(digits) if digit == n]
-        if n == 4:
-            spots += [(i, 2) for i in range(len(digits) - 1) if digits[i] == digits[i + 1] == 2]
-        if spots and draw(st.booleans()):
-            at, length = draw(st.sampled_from(spots))
-            digits[at : at + length] = [axis]
-            free.remove(axis)
-    return merge(digits)
-
-
-@st.composite
-def layouts(draw, dims: list[list[int]], sizes: Mapping[str, int], kinds=("sum", "avg"), may_pend=None) -> Layout:
-    """A layout of a tensor whose dims' prime factors are given.
-
-    `may_pend` maps an axis to its kind where only those may be pending.
-    """
+def a_layout(
+    rng: Random,
+    dims: Sequence[Sequence[int]],
+    sizes: Mapping[str, int],
+    kinds: Sequence[str] = ("sum", "avg"),
+    may_pend: Mapping[str, str] | None = None,
+) -> Layout:
+    """A layout of a tensor whose dims' factors are given; only the axes in `may_pend` are pending, where it is."""
     free = list(sizes)
-    order = draw(st.permutations(range(len(dims))))
-    found: dict[int, tuple] = {}
-    for dim in order:
-        found[dim] = draw(cut(dims[dim], free, sizes))
-    pending = []
-    for axis in free:
-        if may_pend is not None:
-            if axis in may_pend and draw(st.booleans()):
-                pending.append((axis, may_pend[axis]))
-        elif draw(st.integers(0, 2)) == 0:
-            pending.append((axis, draw(st.sampled_from(kinds))))
+    found: dict[int, DimLayout] = {}
+    for dim in rng.sample(range(len(dims)), len(dims)):
+        found[dim] = a_dim(rng, dims[dim], free, sizes, eager=0.5)
+    if may_pend is not None:
+        pending = [(axis, may_pend[axis]) for axis in free if axis in may_pend and rng.random() < 0.5]
+    else:
+        # A maximum and a sum do not commute, and no operator leaves both.
+        kind = rng.choice(kinds)
+        alike = [one for one in kinds if one in ("sum", "avg")] if kind in ("sum", "avg") else [kind]
+        pending = [(axis, rng.choice(alike)) for axis in free if rng.random() < 0.3]
     return Layout(tuple(found[dim] for dim in range(len(dims))), tuple(sorted(pending)))
 
 
-@st.composite
-def laid_out(draw, kinds=("sum", "avg"), most: int = 24) -> tuple[dict[str, int], list[list[int]], Layout]:
-    """A mesh, the prime factors of a tensor's dims, and a layout of it."""
-    sizes = draw(meshes(most))
-    dims = draw(st.lists(PRIMES, max_size=3))
-    return sizes, dims, draw(layouts(dims, sizes, kinds))
+LaidOut = tuple[dict[str, int], list[list[int]], Layout]
+
+
+def laid_out(rng: Random, kinds: Sequence[str] = ("sum", "avg"), most: int = 24) -> LaidOut:
+    """A mesh, the factors of a tensor's dims, and a layout of it."""
+    sizes = a_mesh(rng, most)
+    dims = [primes(rng) for _ in range(rng.randint(0, 3))]
+    return sizes, dims, a_layout(rng, dims, sizes, kinds)

@@ -59,9 +59,7 @@ def test_positions_from_zero_are_the_default(model, tokens):
 
 
 def test_only_distances_between_positions_matter(model, tokens):
-    torch.testing.assert_close(
-        model(tokens, positions=torch.arange(12) + 100), model(tokens), rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(model(tokens, positions=torch.arange(12) + 100), model(tokens), rtol=1e-4, atol=1e-6)
     stretched = model(tokens, positions=torch.arange(12) * 3)
     assert (stretched - model(tokens)).abs().max() > 1e-3
 
@@ -75,9 +73,7 @@ def test_a_model_cut_to_half_its_heads_runs_as_it_is(tokens):
     for half in (0, 1):
         part = build("debug").layers[0].attention
         for name in ("wq", "wk", "wv"):
-            part.get_submodule(name).weight = torch.nn.Parameter(
-                getattr(attention, name).weight.chunk(2)[half]
-            )
+            part.get_submodule(name).weight = torch.nn.Parameter(getattr(attention, name).weight.chunk(2)[half])
         part.wo.weight = torch.nn.Parameter(attention.wo.weight.chunk(2, dim=1)[half])
         halves.append(part(x, cos, sin))
     torch.testing.assert_close(sum(halves), whole)
@@ -97,7 +93,7 @@ def test_weights_start_with_the_deviation_asked_for(model):
 
 
 def test_long_context_scaling_divides_slow_turns_and_keeps_fast_ones():
-    plain = build(attrs.evolve(PRESETS["debug"], n_layers=1, dim=512, n_heads=4, n_kv_heads=4))
+    plain = build(attrs.evolve(PRESETS["debug"], n_layers=1, dim=512, n_heads=4, n_kv_heads=4, head_dim=128))
     scaled = build(attrs.evolve(plain.config, rope_scale=8.0))
     angle = [torch.atan2(m.rope_sin[1], m.rope_cos[1]) for m in (plain, scaled)]
     torch.testing.assert_close(angle[1][:16], angle[0][:16])

@@ -56,7 +56,8 @@ def _check_groups(call: Call) -> None:
             raise Refusal(
                 "SS302",
                 "attention meets query and key heads that are laid out differently",
-                why=f"query heads are {dim_text(heads[0])}, operand {operand} has {dim_text(dim)}: a rank's queries "
+                why=f"the heads of {call.operand(0)} are {dim_text(heads[0])}, those of {call.operand(operand)} "
+                f"{dim_text(dim)}: a rank's queries "
                 "would read other heads than theirs",
                 operands=(operand, 0),
                 axis=(held or list(axes))[0],

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from shardspec.program import Ref
 from shardspec.rules.operator import (
     JOINT,
     PRODUCT,
@@ -40,18 +41,22 @@ def with_bias(
         call.sizes,
         tuple(call.refs[i] for i in order),
     )
-    typed = unify(product, labels, [out], linear=PRODUCT, whole=whole, out_sizes=out_sizes)
+    try:
+        typed = unify(product, labels, [out], linear=PRODUCT, whole=whole, out_sizes=out_sizes)
+    except Refusal as refusal:
+        refusal.operands = tuple(order[operand] for operand in refusal.operands)
+        raise
     added = Call(
         call.node,
         call.values,
         (typed.outputs[0], call.types[bias]),
         call.sizes,
-        (call.refs[0], call.refs[bias]),
+        (Ref(call.node.outputs[0] or 0), call.refs[bias]) if call.refs else (),
     )
     try:
         result = unify(added, [out, bias_labels], [out], linear=JOINT)
     except Refusal as refusal:
-        refusal.operands = (bias,)
+        refusal.operands = (bias, *order)
         raise
     consumed = dict(zip(order, typed.consumed, strict=True)) | {bias: result.consumed[1]}
     return Typed(result.outputs, tuple(consumed[index] for index in range(len(call.types))))
@@ -138,7 +143,7 @@ def einsum(call: Call) -> Typed:
     for index, part in enumerate(names):
         if len(set(part)) != len(part):
             raise Refusal(
-                "SS305", f"einsum reads a diagonal of operand {index}", why=f"{''.join(part)!r} repeats a dim"
+                "SS305", f"einsum reads a diagonal of {call.operand(index)}", why=f"{''.join(part)!r} repeats a dim"
             )
     if not arrow:
         letters = left.replace(",", "")

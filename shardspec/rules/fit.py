@@ -1,12 +1,15 @@
 """Fit specs to shapes: the sizes of factors, and the layout that a spec gives a tensor."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from attrs import evolve
+
 from shardspec.constraints import Constraint
-from shardspec.diagnostics import Diagnostic
+from shardspec.diagnostics import Diagnostic, Location
 from shardspec.layout import SUM, Digit, DimLayout, Layout, canonical, local_size
 from shardspec.mesh import Mesh, degree
-from shardspec.rules.parse import STORAGE_AXES, Entry, MeshEdit, Sizes, Storage
+from shardspec.rules.parse import STORAGE_AXES, Entry, MeshEdit, RuleEdit, Sizes, Storage, change
 from shardspec.spec import Dim, Spec
 
 
@@ -34,70 +37,120 @@ def dims_of(spec: Spec, rank: int) -> list[Dim]:
 
 
 def learn_sizes(
-    claims: Iterable[tuple[str, Entry, Sequence[int]]], given: Mapping[str, int]
+    claims: Iterable[tuple[str, Entry, Sequence[int]]],
+    given: Mapping[str, int],
+    places: Mapping[str, tuple[str, Location | None]] | None = None,
 ) -> tuple[Sizes, list[Diagnostic]]:
-    """The size of every factor that a claimed shape tells; SS206 for a name with two, or another literal."""
-    sizes = Sizes(dict(given), {name: ("sizes=", None) for name in given})
+    """The size of every factor that a claimed shape tells; SS206 for a name with two, or another literal.
+
+    Where shapes tell different sizes of a name, the one is meant that most rules tell.
+
+    Args:
+        given: sizes that are known, by `sizes=` or, where `places` tells, by a rule.
+    """
+    sizes = Sizes(dict(given), {name: (places or {}).get(name, ("sizes=", None)) for name in given})
+    told: dict[str, dict[int, dict[Entry, str]]] = {}
+    groups: dict[tuple[Entry, int, int], tuple[str, Entry, Dim, int]] = {}
+    shapes: dict[Entry, Sequence[int]] = {}
     found: dict[object, Diagnostic] = {}
-    groups: list[tuple[str, Entry, Dim, int]] = []
     for name, entry, shape in claims:
-        for dim, length in zip(dims_of(entry.spec, len(shape)), shape, strict=True):
-            if len(dim.factors) == 1:
-                _learn(sizes, dim.factors[0].name, dim.factors[0].size, length, name, entry, found)
-            elif dim.factors:
-                groups.append((name, entry, dim, length))
-    for _ in range(2):
-        for name, entry, dim, length in groups:
-            product, unknown = 1, ""
-            several = False
-            for factor in dim.factors:
-                size = factor.size or sizes.known.get(factor.name)
-                if size is None:
-                    several, unknown = bool(unknown), factor.name
-                else:
-                    product *= size
-            if not unknown and product != length:
-                found[(entry, dim)] = _two_sizes(
-                    f"({' '.join(map(str, dim.factors))})", product, length, name, entry, sizes, dim
-                )
-            elif unknown and not several:
-                if length % product:
-                    found[(entry, dim)] = _two_sizes(str(dim), product, length, name, entry, sizes, dim)
-                else:
-                    _learn(sizes, unknown, None, length // product, name, entry, found)
+        shapes.setdefault(entry, shape)
+        for index, (dim, length) in enumerate(zip(dims_of(entry.spec, len(shape)), shape, strict=True)):
+            if len(dim.factors) > 1:
+                groups.setdefault((entry, index, length), (name, entry, dim, length))
+            elif dim.factors and dim.factors[0].name:
+                told.setdefault(dim.factors[0].name, {}).setdefault(length, {}).setdefault(entry, name)
+            elif dim.factors and dim.factors[0].size not in (None, length):
+                found[entry, index] = _another_literal(entry, dim, name, length)
+    clashes: dict[Entry, list[tuple[str, int, str]]] = {}
+    for factor, lengths in told.items():
+        if factor not in sizes.known:
+            length = max(lengths, key=lambda length: len(lengths[length]))
+            entry, name = next(iter(lengths[length].items()))
+            sizes.known[factor], sizes.place[factor] = length, (name, entry.location)
+        for length, entries in lengths.items():
+            for entry, name in entries.items() if length != sizes.known[factor] else ():
+                clashes.setdefault(entry, []).append((factor, length, name))
+    _learn_groups(groups.values(), sizes, found)
+    found.update((entry, _clash(entry, listed, shapes[entry], sizes)) for entry, listed in clashes.items())
     return sizes, list(found.values())
 
 
-def _learn(
+def _learn_groups(
+    groups: Iterable[tuple[str, Entry, Dim, int]],
     sizes: Sizes,
-    factor: str,
-    literal: int | None,
-    length: int,
-    name: str,
-    entry: Entry,
     found: dict[object, Diagnostic],
 ) -> None:
-    if literal is not None and literal != length:
-        found[(entry, factor, literal)] = Diagnostic(
-            code="SS206",
-            what=f"the spec says {literal}, the dim has {length}",
-            why=f"{entry.spec} against {name}",
-            locations=(entry.location,),
-        )
-    if not factor:
+    """The sizes of factors inside groups, where all but one of a group are known."""
+    for _ in range(2):
+        for name, entry, dim, length in groups:
+            product, unknown = 1, []
+            for factor in dim.factors:
+                size = factor.size or sizes.known.get(factor.name)
+                if size is None:
+                    unknown.append(factor.name)
+                else:
+                    product *= size
+            if (not unknown and product != length) or (len(unknown) == 1 and length % product):
+                text = f"({' '.join(map(str, dim.factors))})"
+                found[entry, dim] = _two_sizes(text, product, length, name, entry, sizes, dim)
+            elif len(unknown) == 1:
+                sizes.known[unknown[0]] = length // product
+                sizes.place[unknown[0]] = (name, entry.location)
+
+
+def _another_literal(entry: Entry, dim: Dim, name: str, length: int) -> Diagnostic:
+    return Diagnostic(
+        code="SS206",
+        what=f"the spec says {dim.factors[0].size}, the dim has {length}",
+        why=f"{entry.spec} against {name}",
+        locations=(entry.location,),
+    )
+
+
+def _clash(entry: Entry, listed: Sequence[tuple[str, int, str]], shape: Sequence[int], sizes: Sizes) -> Diagnostic:
+    """SS206 for an entry that gives names other sizes than the rest of the table."""
+    parts = [f"{factor} has two sizes: {sizes.known[factor]} and {length}" for factor, length, _ in listed]
+    reasons = [
+        f"{factor} is {sizes.known[factor]} by {sizes.place[factor][0]}, {length} by {name}"
+        for factor, length, name in listed
+    ]
+    places = [sizes.place[factor][1] for factor, _, _ in listed]
+    return Diagnostic(
+        code="SS206",
+        what="; ".join(parts),
+        why="\n".join([*reasons, "a name has one size in a table"]),
+        locations=tuple(dict.fromkeys(place for place in (entry.location, *places) if place is not None)),
+        advice=("give one of the two another name",) if len(listed) == 1 else (),
+        hints=tuple(_other_specs(entry, shape, sizes)),
+    )
+
+
+def _other_specs(entry: Entry, shape: Sequence[int], sizes: Sizes) -> Iterator[RuleEdit]:
+    """The spec with its dims in another order, or with other names, where the sizes then fit the shape."""
+    spec = entry.spec
+    if spec.ellipsis is not None or len(spec.dims) != len(shape) or len(shape) > 4:
         return
-    if factor not in sizes.known:
-        sizes.known[factor] = length
-        sizes.place[factor] = (name, entry.location)
-    elif sizes.known[factor] != length and (entry, factor) not in found:
-        where, other = sizes.place[factor]
-        found[(entry, factor)] = Diagnostic(
-            code="SS206",
-            what=f"{factor} has two sizes: {sizes.known[factor]} and {length}",
-            why=f"{sizes.known[factor]} by {where}, {length} by {name}; a name has one size in a table",
-            locations=tuple(place for place in (other, entry.location) if place is not None),
-            advice=("give one of the two another name",),
-        )
+
+    def fits(dim: Dim, length: int) -> bool:
+        return len(dim.factors) != 1 or sizes.known.get(dim.factors[0].name, length) == length
+
+    for dims in itertools.permutations(spec.dims):
+        if dims != spec.dims and all(map(fits, dims, shape)):
+            yield change(entry, str(evolve(spec, dims=dims)))
+    used = {factor.name for dim in spec.dims for factor in dim.factors}
+    choices = [
+        [dim]
+        if fits(dim, length)
+        else [
+            evolve(dim, factors=(evolve(dim.factors[0], name=name),))
+            for name, size in sizes.known.items()
+            if size == length and name not in used
+        ]
+        for dim, length in zip(spec.dims, shape, strict=True)
+    ]
+    for dims in itertools.islice(itertools.product(*choices), 4):
+        yield change(entry, str(evolve(spec, dims=dims)))
 
 
 def _two_sizes(text: str, product: int, length: int, name: str, entry: Entry, sizes: Sizes, dim: Dim) -> Diagnostic:
@@ -129,7 +182,7 @@ def layout_of(
             if problem is None and pieces(dims[-1]) > 1:
                 problem = _stored_in_pieces(entry, name, dim, stored, pieces(dims[-1]))
             elif problem is None and uneven_storage(stored, local_size(dims[-1]), mesh):
-                problem = _uneven(entry, name, dim, (str(dim), length, True), mesh, [*live, *stored.axes])
+                problem = _uneven(entry, name, dim, (str(dim), length, True), mesh, [*live, *stored.axes], storage=True)
     pending = tuple(sorted((axis, SUM) for axis in entry.spec.pending if mesh[axis] > 1))
     return Layout(tuple(dims), pending), stored, problem
 
@@ -190,7 +243,7 @@ def _digits(
         size = factor.size or known.get(factor.name)
         if size is None and index < last:
             return [length], (factor.name, 0, False)
-        size = size if size is not None and len(dim.factors) > 1 else rest if size is None else size
+        size = rest if size is None or len(dim.factors) == 1 else size
         share = degree(mesh, axes)
         if size % share or rest % size:
             return [length], (factor.name or "the dim", size, True)
@@ -209,7 +262,14 @@ def _digits(
 
 
 def _uneven(
-    entry: Entry, name: str, dim: Dim, error: tuple[str, int, bool], mesh: Mesh, live: Sequence[str]
+    entry: Entry,
+    name: str,
+    dim: Dim,
+    error: tuple[str, int, bool],
+    mesh: Mesh,
+    live: Sequence[str],
+    *,
+    storage: bool = False,
 ) -> Diagnostic:
     factor, size, known = error
     if not known:
@@ -220,15 +280,17 @@ def _uneven(
             locations=(entry.location,),
             advice=(f'give sizes={{"{factor}": ...}} in the table',),
         )
-    share = degree(mesh, tuple(live))
-    axes = ",".join(live)
-    text = f"@({axes})" if len(live) > 1 else f"@{axes}"
+    own = [axis for other in dim.factors if other.name == factor for axis in other.axes if axis in live] or live
+    share = degree(mesh, tuple(own))
+    must = "what compute reads is split evenly"
+    if storage:
+        must = "only rows along the first dim, over one axis, are stored unevenly"
     return Diagnostic(
         code="SS301",
-        what=f"{factor} of {size} cannot be split over {' x '.join(f'{axis}={mesh[axis]}' for axis in live)}",
-        why=f"{name}: {share} does not divide {size}, and what compute reads is split evenly ({text})",
+        what=f"{factor} of {size} cannot be split over {' x '.join(f'{axis}={mesh[axis]}' for axis in own)}",
+        why=f"{name}: {share} does not divide {size}, and {must}",
         locations=(entry.location,),
         hints=tuple(
-            MeshEdit(axis, tuple(n for n in range(1, size + 1) if size % n == 0 and n <= 1024)) for axis in live
+            MeshEdit(axis, tuple(n for n in range(1, size + 1) if size % n == 0 and n <= 1024)) for axis in own
         ),
     )

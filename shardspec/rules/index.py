@@ -25,6 +25,17 @@ aten = torch.ops.aten
 def embedding(call: Call) -> Typed:
     """weight [v, d], indices [...] -> [..., d]; a split vocabulary leaves a pending sum of masked lookups."""
     lead: list[Label] = [("i", index) for index in range(len(call.shape(1)))]
+    for option in ("scale_grad_by_freq", "sparse"):
+        if call.named.get(option):
+            raise Refusal(
+                "SS305",
+                f"embedding with {option}=True has no rule",
+                why="a row's gradient would be divided by its count in a rank's part of the batch"
+                if option == "scale_grad_by_freq"
+                else "gradients over ranks are summed as dense tensors",
+                operands=(0, 1),
+                advice=(f"build the embedding with {option}=False",),
+            )
     typed = unify(call, [["v", "d"], lead], [[*lead, "d"]], linear=FIRST)
     rows = call.types[0].layout.dims[0]
     axes = dim_axes(rows)

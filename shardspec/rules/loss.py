@@ -4,14 +4,15 @@ from typing import Any
 
 import torch
 
-from shardspec.functional import accumulation_dtype, cross_entropy
+from shardspec.functional import accumulation_dtype, check_shapes, cross_entropy
 from shardspec.layout import SUM, dim_axes
 from shardspec.rules.operator import Call, Label, Refusal, Type, Typed, rule, unify
 
 
 def _meta(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> Any:
     """The results' shapes: two 0-dim tensors."""
-    del labels, ignore_index
+    del ignore_index
+    check_shapes(logits, labels)
     dtype = accumulation_dtype(logits.dtype)
     return torch.empty((), dtype=dtype, device="meta"), torch.empty((), dtype=dtype, device="meta")
 

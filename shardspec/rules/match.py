@@ -79,7 +79,7 @@ def _overlaps(
 
 
 def _count(names: Sequence[str]) -> str:
-    return f"{len(names)} names: {names[0]} ..." if len(names) > 1 else names[0]
+    return f"{fold(names[0])} ({len(names)} names)" if len(names) > 1 else names[0]
 
 
 def _unclaimed(unclaimed: Sequence[str], dead: list[Entry], names: Sequence[str], what: str) -> Iterator[Diagnostic]:
@@ -88,7 +88,7 @@ def _unclaimed(unclaimed: Sequence[str], dead: list[Entry], names: Sequence[str]
     left = list(dead)
     for template, missed in groups.items():
         pattern = as_pattern(template)
-        entry = _nearest(pattern, left)
+        entry = _nearest(pattern, left) or next((each for each in left if each.regex.match(missed[0])), None)
         if entry is None:
             yield Diagnostic(
                 code="SS202",
@@ -105,7 +105,11 @@ def _unclaimed(unclaimed: Sequence[str], dead: list[Entry], names: Sequence[str]
         yield Diagnostic(
             code="SS203",
             what=f"the rule matches nothing, and no rule claims {what} {template}",
-            why=f"{len(names)} names were tried; the nearest are {_count(missed)}",
+            why=(
+                f"{len(names)} names were tried; the nearest are {_count(missed)}"
+                if not entry.regex.match(missed[0])
+                else f"a pattern is matched whole, and {_count(missed)} goes on after it"
+            ),
             locations=(entry.location,),
             fixes=(fix,) if safe and all(regex.fullmatch(name) for name in missed) else (),
         )

@@ -8,6 +8,8 @@ from attrs import define, field, frozen
 
 from shardspec.layout import (
     AVG,
+    MAX,
+    MIN,
     SUM,
     DimLayout,
     Layout,
@@ -96,6 +98,10 @@ class Call:
                 return at
             at += len(tensors(value))
         return None
+
+    def operand(self, index: int) -> str:
+        """What stands for an operand in a refusal's text: the typing puts the tensor's name in its place."""
+        return f"<value {self.refs[index].index}>" if index < len(self.refs) else f"operand {index}"
 
     def shape(self, operand: int) -> tuple[int, ...]:
         """An operand's global shape."""
@@ -189,27 +195,35 @@ def _disagree(call: Call, one: tuple[int, int], two: tuple[int, int]) -> Refusal
     whole = (first if axis not in left else second) if axis else first
     return Refusal(
         "SS302",
-        f"{name_of(call)} meets operands that disagree: {dim_text(left)} against {dim_text(right)}",
+        f"{name_of(call)} meets dims that disagree: {dim_text(left)} against {dim_text(right)}",
         why=(
-            f"dim {first_dim} of operand {first} is {dim_text(left)}, dim {second_dim} of operand {second} is "
-            f"{dim_text(right)}; a rank would pair elements that do not belong together, and nothing is sliced or "
-            f"gathered between two declared points"
+            f"dim {first_dim} of {call.operand(first)} is {dim_text(left)}, dim {second_dim} of "
+            f"{call.operand(second)} is {dim_text(right)}\n"
+            "a rank would pair elements that do not belong together, and nothing is sliced or gathered between two "
+            "declared points"
         ),
         operands=(whole, first, second),
         axis=axis,
     )
 
 
-def _one_factor_an_axis(call: Call, digits: Mapping[Label, DimLayout]) -> dict[str, Label]:
+def _one_factor_an_axis(
+    call: Call, labels: Sequence[Sequence[Label]], digits: Mapping[Label, DimLayout]
+) -> dict[str, Label]:
     owner: dict[str, Label] = {}
+
+    def place(label: Label) -> str:
+        operand = next(i for i, names in enumerate(labels) if label in names)
+        return f"{call.operand(operand)} along dim {list(labels[operand]).index(label)}"
+
     for label, dim in digits.items():
         for axis in dim_axes(dim):
             if axis in owner:
                 raise Refusal(
                     "SS302",
-                    f"{name_of(call)} has {axis} on two different factors",
-                    why=f"one operand is split over {axis} along one factor, another along a second: a rank would "
-                    f"compute one block of {call.sizes[axis]} x {call.sizes[axis]}",
+                    f"{name_of(call)} meets {axis} on two different factors",
+                    why=f"{place(owner[axis])} and {place(label)} are both split over {axis}: a rank would compute "
+                    f"one block of {call.sizes[axis]} x {call.sizes[axis]}",
                     operands=[i for i, kind in enumerate(call.types) if axis in kind.layout.sharded],
                     axis=axis,
                 )
@@ -225,7 +239,8 @@ def _pending(call: Call, owner: Mapping[str, Label], linear: str, scalars: bool)
         kinds = [typed.layout.pending_kind(axis) for typed in call.types]
         held = [index for index, kind in enumerate(kinds) if kind]
         if axis in owner:
-            raise _pending_refusal(call, axis, held, f"another operand is sharded over {axis}")
+            split = next(i for i, typed in enumerate(call.types) if axis in typed.layout.sharded)
+            raise _pending_refusal(call, axis, held, f"{call.operand(split)} is split over {axis}")
         found = {kinds[index] for index in held}
         kind = axes[axis]
         if len(found) > 1:
@@ -236,26 +251,29 @@ def _pending(call: Call, owner: Mapping[str, Label], linear: str, scalars: bool)
             raise _pending_refusal(call, axis, held, f"{name_of(call)} is not linear, so f(a) + f(b) is not f(a + b)")
         if linear == PRODUCT and len(held) > 1:
             raise _pending_refusal(
-                call, axis, held, "two operands are pending: a1*b1 + a2*b2 is not (a1 + a2)*(b1 + b2)"
+                call, axis, held, "both factors are pending: a1*b1 + a2*b2 is not (a1 + a2)*(b1 + b2)"
             )
         if linear == FIRST and held != [0]:
-            raise _pending_refusal(call, axis, held, f"{name_of(call)} is linear in its first operand only")
+            raise _pending_refusal(call, axis, held, f"{name_of(call)} is linear in {call.operand(0)} only")
         complete = len(held) < len(kinds) or scalars
         if linear == JOINT and kind == SUM and complete:
+            other = next((i for i, pending in enumerate(kinds) if not pending), None)
+            whole = call.operand(other) if other is not None else "the number that is added"
             raise _pending_refusal(
-                call,
-                axis,
-                held,
-                f"the other operand is complete: it would be counted {call.sizes[axis]} times",
+                call, axis, held, f"{whole} is complete: it would be counted {call.sizes[axis]} times"
             )
         passed.append((axis, kind))
     return passed
 
 
+STILL = {SUM: "still to be summed", AVG: "still to be averaged", MAX: "still a maximum", MIN: "still a minimum"}
+
+
 def _pending_refusal(call: Call, axis: str, held: Sequence[int], why: str) -> Refusal:
+    kind = call.types[held[0]].layout.pending_kind(axis) or SUM
     return Refusal(
         "SS303",
-        f"{name_of(call)} reads a value that is still to be summed over {axis}",
+        f"{name_of(call)} reads {call.operand(held[0])}, which is {STILL[kind]} over {axis}",
         why=why,
         operands=held,
         axis=axis,
@@ -291,7 +309,7 @@ def unify(
     whole = set(whole)
     for label in whole:
         _check_whole(call, labels, label, digits.get(label, ()))
-    owner = _one_factor_an_axis(call, digits)
+    owner = _one_factor_an_axis(call, labels, digits)
     pending = _pending(call, owner, linear, scalars)
     kept = {label for names in outputs for label in names}
     for label, dim in digits.items():
@@ -325,7 +343,7 @@ def _check_whole(call: Call, labels: Sequence[Sequence[Label]], label: Label, di
         at = labels[held[0]].index(label)
         raise Refusal(
             "SS304",
-            f"{name_of(call)} needs the whole of dim {at}, which is split over {axis}",
+            f"{name_of(call)} needs the whole of dim {at} of {call.operand(held[0])}, which is split over {axis}",
             why=f"each rank holds {dim_text(dim)}; {name_of(call)} of a part is not a part of the whole's",
             operands=held,
             axis=axis,

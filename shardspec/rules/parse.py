@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from attrs import define, field, frozen
@@ -36,6 +36,24 @@ class MeshEdit:
 
     axis: str
     degrees: tuple[int, ...]
+
+
+@frozen(eq=False)
+class RuleEdit:
+    """A change of the table that may mend a mistake."""
+
+    text: str
+    params: Mapping[str, str | P] = field(factory=dict)
+    activations: Mapping[str, str | P] = field(factory=dict)
+    drop: tuple[str, ...] = ()
+
+
+def change(entry: Entry, text: str) -> RuleEdit:
+    """Give an entry another spec."""
+    pattern = entry.rule.pattern
+    edit = {pattern: text}
+    words = f'r"{pattern}": "{text}" (was "{entry.rule.value}")'
+    return RuleEdit(words, *((edit, {}) if entry.rule.kind == "params" else ({}, edit)))
 
 
 @frozen(eq=False)

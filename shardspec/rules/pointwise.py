@@ -90,10 +90,11 @@ def cast(call: Call) -> Typed:
     """A cast among floating types is linear; one to integers or booleans is not."""
     exact = call.dtype(0) == call.out().dtype
     linear = exact or (call.out().dtype.is_floating_point and call.dtype(0).is_floating_point)
-    labels = aligned(call)
-    if len(labels) > 1:
-        labels[1] = [("other", index) for index in range(len(labels[1]))]
-    return unify(call, labels, [labels[0]], linear=COPY if exact else FIRST if linear else NONLINEAR)
+    # Of a second operand only the dtype is read: its layout, and what it still owes, are no matter.
+    cast = Call(call.node, call.values, call.types[:1], call.sizes, call.refs[:1])
+    labels = aligned(cast)
+    typed = unify(cast, labels, labels, linear=COPY if exact else FIRST if linear else NONLINEAR)
+    return Typed(typed.outputs, (*typed.consumed, *call.types[1:]))
 
 
 @rule(aten.where.self)

@@ -18,7 +18,7 @@ def dropout(call: Call) -> Typed:
         axis = call.types[0].layout.pending[0][0]
         raise Refusal(
             "SS303",
-            f"dropout reads a value that is still to be summed over {axis}",
+            f"dropout reads {call.operand(0)}, which is still to be summed over {axis}",
             why="dropped before it is summed, a value's shares must be dropped alike, which only luck would ensure",
             operands=(0,),
             axis=axis,

@@ -5,7 +5,19 @@ from collections.abc import Iterable
 import torch
 
 from shardspec.layout import AVG, MAX, MIN, SUM
-from shardspec.rules.operator import COPY, NONLINEAR, PRODUCT, Call, Label, Refusal, Typed, rule, unify
+from shardspec.rules.operator import (
+    COPY,
+    NONLINEAR,
+    PRODUCT,
+    Call,
+    Label,
+    Refusal,
+    Typed,
+    aligned,
+    aligned_output,
+    rule,
+    unify,
+)
 
 aten = torch.ops.aten
 
@@ -96,6 +108,21 @@ def along(call: Call) -> Typed:
     ]
     sizes = {"fresh": call.out().shape[dim]}
     return unify(call, [names], [out for _ in call.node.outputs], whole=[dim], out_sizes=sizes)
+
+
+@rule(
+    aten.mse_loss.default,
+    aten.l1_loss.default,
+    aten.smooth_l1_loss.default,
+    aten.huber_loss.default,
+    aten.binary_cross_entropy_with_logits.default,
+)
+def loss(call: Call) -> Typed:
+    """A function of each pair of elements, then their mean or their sum, or neither."""
+    reduction = int(call.named.get("reduction", 1))
+    names = aligned(call)
+    out = aligned_output(torch.broadcast_shapes(*map(call.shape, range(len(call.types))))) if reduction == 0 else []
+    return unify(call, names, [out], contracted=SUM if reduction == 2 else AVG)
 
 
 @rule(aten.cumsum.default)

@@ -51,9 +51,6 @@ def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int]
     aten.reshape.default,
     aten.flatten.using_ints,
     aten.unflatten.int,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
     aten.unsqueeze.default,
     aten.view_as.default,
 )
@@ -64,7 +61,9 @@ def view(call: Call) -> Typed:
     same: set[int] = set()
     still: set[int] = set()
     divides: list[tuple[tuple[str, ...], int]] = []
-    for one, two in _groups(before, after) if 0 not in before else []:
+    if 0 in before:
+        return _empty(call)
+    for one, two in _groups(before, after):
         try:
             parts = split(flatten(kind.layout.dims[i] for i in one), [after[j] for j in two], call.sizes)
         except CutError as error:
@@ -78,6 +77,33 @@ def view(call: Call) -> Typed:
     layout = Layout(tuple(dims), kind.layout.pending)
     read = (Type(kind.layout, frozenset(still)), *call.types[1:])
     return Typed((Type(layout, frozenset(same)),), read, divides=tuple(divides))
+
+
+def _empty(call: Call) -> Typed:
+    """A view of a tensor without elements, which must be whole."""
+    for axis in call.types[0].layout.sharded:
+        raise Refusal("SS305", f"{call.node.op} of an empty tensor that is split over {axis}", operands=(0,), axis=axis)
+    out = Layout(tuple(canonical((length,)) for length in call.out().shape), call.types[0].layout.pending)
+    return Typed((Type(out),), (Type(call.types[0].layout), *call.types[1:]))
+
+
+@rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+def squeeze(call: Call) -> Typed:
+    """A view without the dims of length one; on a rank, a split dim may have length one too, and must stay."""
+    named, shape = call.named.get("dim"), call.shape(0)
+    asked = range(len(shape)) if named is None else named if isinstance(named, (list, tuple)) else [named]
+    for dim in (int(one) % max(len(shape), 1) for one in asked):
+        digits = call.types[0].layout.dims[dim] if shape else ()
+        if dim_axes(digits) and local_size(digits) == 1:
+            raise Refusal(
+                "SS304",
+                f"squeeze would drop dim {dim}, of which each rank holds one of {shape[dim]}",
+                why="the dim stays on the whole; on a rank it would go",
+                operands=(0,),
+                axis=dim_axes(digits)[0],
+                advice=("name a dim that is of length one on the whole",),
+            )
+    return view(call)
 
 
 def cuts(part: DimLayout, length: int) -> list[tuple[tuple[str, ...], int]]:
@@ -135,6 +161,18 @@ def expand(call: Call) -> Typed:
             if index - new in kind.uniform:
                 same.add(index)
     return Typed((Type(Layout(tuple(dims), kind.layout.pending), frozenset(same)),), (kind, *call.types[1:]))
+
+
+@rule(aten.repeat.default)
+def repeat(call: Call) -> Typed:
+    """Copies of a dim one after another: one more digit before its own; new dims and those of one are uniform."""
+    kind, before, repeats = call.types[0], call.shape(0), [int(count) for count in call.named["repeats"]]
+    new = len(repeats) - len(before)
+    dims = [canonical((count, *digits)) for count, digits in zip(repeats, ((),) * new + kind.layout.dims, strict=True)]
+    same = {i for i in range(len(dims)) if i < new or before[i - new] == 1 or i - new in kind.uniform}
+    still = {i - new for i in same if i >= new and repeats[i] == 1}
+    out = Type(Layout(tuple(dims), kind.layout.pending), frozenset(same))
+    return Typed((out,), (Type(kind.layout, kind.uniform & still),), local={"repeats": ...})
 
 
 def _moved(call: Call, order: Sequence[int]) -> Typed:

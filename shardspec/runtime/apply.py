@@ -215,7 +215,10 @@ def _fully_shard(
     named = dict(module.named_parameters())
     dims = {id(parameter): params[name].storage_dim for name, parameter in named.items()}
     ignored = {named[name] for name, plan in params.items() if not plan.storage}
-    precision = MixedPrecisionPolicy(param_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype)
+    # Casting what enters a unit would make a mesh with storage compute what one without does not.
+    precision = MixedPrecisionPolicy(
+        param_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype, cast_forward_inputs=False
+    )
     axes = next(plan.storage for plan in params.values() if plan.storage)
     mesh = storage_mesh(fabric, axes)
     common: dict[str, Any] = {

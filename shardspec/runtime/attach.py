@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +131,7 @@ class Local(TorchFunctionMode):
         self.counts = dict.fromkeys(LOCAL_CALLS, 0)
         self.outer: Local | None = None
 
-    def __enter__(self) -> "Local":
+    def __enter__(self) -> Self:
         self.outer, self.wiring.active = self.wiring.active, self
         return super().__enter__()
 

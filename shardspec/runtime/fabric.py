@@ -1,18 +1,15 @@
 """The ranks behind a mesh: this rank's place, its device, and a process group for each set of axes."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from attrs import define, field
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from shardspec.diagnostics import ShardingError, refuse
+from shardspec.diagnostics import refuse
 from shardspec.mesh import AXES, Mesh, degree
-
-T = TypeVar("T")
 
 
 @define(eq=False)
@@ -54,7 +51,7 @@ class Fabric:
         found: dist.ProcessGroup | None = None
         for ranks in families(self.mesh, axes):
             group = dist.new_group(ranks)
-            if self.rank in ranks:
+            if isinstance(group, dist.ProcessGroup) and self.rank in ranks:
                 found = group
         assert found is not None, "this rank is in one group of each family"
         return found
@@ -106,72 +103,11 @@ def check_world(mesh: Mesh, world: int) -> None:
     )
 
 
-def agree(
-    world: int,
-    what: str,
-    attempt: Callable[[], tuple[T, Mapping[str, str]]],
-    details: Callable[[T], Mapping[str, str]] | None = None,
-) -> T:
-    """Run `attempt` on every rank; what it gives, if no rank refuses and all say the same.
-
-    Args:
-        what: what is agreed on, in words.
-        attempt: gives its result and, by name, digests of what must be the same on every rank.
-        details: by name, what to compare where the digests differ.
-
-    Raises:
-        ShardingError: this rank's own; SS403 on every other rank, and where the ranks differ.
-    """
-    if world == 1:
-        return attempt()[0]
-    failed: ShardingError | None = None
-    found: tuple[T, Mapping[str, str]] | None = None
-    try:
-        found = attempt()
-    except ShardingError as error:
-        failed = error
-    every = exchange(world, (found[1] if found else {}, failed.diagnostics if failed else ()))
-    if failed is not None:
-        raise failed
-    assert found is not None, "an attempt gives a result or raises"
-    for rank, (_, diagnostics) in enumerate(every):
-        if diagnostics:
-            refuse("SS403", f"rank {rank} refuses {what}, and this one does not", why=str(diagnostics[0]))
-    said = [digests for digests, _ in every]
-    if details is not None and any(each != said[0] for each in said):
-        check_same(what, exchange(world, details(found[0])))
-    check_same(what, said)
-    return found[0]
-
-
-def exchange(world: int, mine: Any) -> list[Any]:
-    """What every rank gave, in rank order."""
-    every: list[Any] = [None] * world
-    dist.all_gather_object(every, mine)
-    return every
-
-
-def check_same(what: str, every: Sequence[Mapping[str, str]]) -> None:
-    """SS403 where a rank says something else than rank 0."""
-    for rank, said in enumerate(every):
-        differ = [name for name in {**every[0], **said} if said.get(name) != every[0].get(name)]
-        if differ:
-            here, there = (each.get(differ[0], "absent") for each in (said, every[0]))
-            refuse(
-                "SS403",
-                f"the ranks disagree on {what}: rank {rank} has another {differ[0]} than rank 0",
-                why=f"{here} on rank {rank}, {there} on rank 0",
-                advice=("give every rank the same model, table, mesh, policy, seed and batch shapes",),
-            )
-
-
 def connect(mesh: Mesh) -> Fabric:
     """This rank's place on a mesh of the world's size; a mesh of one rank needs no process group."""
     kind = accelerator()
     if mesh.world == 1:
-        device = (
-            torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else torch.device("cpu")
-        )
+        device = torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else torch.device("cpu")
         alone = DeviceMesh(kind, [0], mesh_dim_names=("dp",), _init_backend=False, _rank=0)
         return Fabric(mesh, device, 0, alone)
     if dist.get_backend() == "gloo":

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,22 +16,21 @@ from shardspec.compiler import Compiler, settle
 from shardspec.diagnostics import Diagnostic, refuse
 from shardspec.mesh import BATCH_AXES, Mesh, degree
 from shardspec.placement import local_index, stored_shape
-from shardspec.plan import ActivationPlan, ParamPlan, Plan, UnitPlan
+from shardspec.plan import ActivationPlan, Plan
 from shardspec.policy import Policy
 from shardspec.rules.match import fold
-from shardspec.rules.table import Rules
+from shardspec.runtime.agreement import agree, details_of, fingerprint
 from shardspec.runtime.apply import LocalModel, apply, build_source, local_part
+from shardspec.runtime.arguments import as_model, as_optimizer, check_arguments, check_batch, unmatched_policy
 from shardspec.runtime.attach import Wiring, attach
-from shardspec.runtime.fabric import Fabric, agree, check_world, connect, join_world
+from shardspec.runtime.fabric import Fabric, check_world, connect, join_world
 from shardspec.runtime.gather import gather
 from shardspec.runtime.init import NotReplayable, materialise
 from shardspec.runtime.optim import Optimizer
 from shardspec.runtime.state import OptState, Specs, Store, TrainState
+from shardspec.runtime.weights import given_name, misfits
 from shardspec.stages import Model
 from shardspec.torch_private import local_of, make_spec
-
-SAMPLES = 16
-"""Elements of a tensor that a fingerprint reads."""
 
 LossFn = Callable[[Any, dict[str, Any]], tuple[Any, Any]]
 Batch = Mapping[str, Any]
@@ -71,8 +70,8 @@ class Sharded:
         self, model: Model, rules: Any, inputs: Batch | None, world: int
     ) -> tuple[Compiler, Mapping[str, str]]:
         """Check everything that can be before a device is touched; and what must be the same on every rank."""
-        check_arguments(model, rules, self.mesh, inputs)
-        compiler = Compiler(survey(model), rules, self.policy)
+        check_arguments(rules, self.mesh, inputs)
+        compiler = Compiler(survey(as_model(model)), rules, self.policy)
         self.params, self.units, self.attributes = compiler.static(self.mesh)
         if inputs is not None:
             check_batch(inputs)
@@ -92,7 +91,7 @@ class Sharded:
         }
 
     def _details(self, _: Any) -> dict[str, str]:
-        return {"mesh": str(self.mesh)} | details_of(self.params, self.plan)
+        return {"mesh": str(self.mesh), "policy": str(self.policy)} | details_of(self.params, self.plan)
 
     def _specs(self) -> dict[str, Any]:
         mesh = self.fabric.device_mesh
@@ -257,65 +256,21 @@ class Sharded:
         """
 
         def fits() -> tuple[None, Mapping[str, str]]:
-            settle(self._misfits(state_dict))
+            settle(misfits(state_dict, self.params))
             plain = ((name, item) for name, item in state_dict.items() if not isinstance(item, DTensor))
             return None, {"seed": str(seed), "weights": fingerprint(plain) if self.mesh.world > 1 else ""}
 
         agree(self.mesh.world, "the state dict", fits)
         for name in self.local.params:
-            self.source.tensors[name] = full(state_dict[self._given(name, state_dict)]).detach()
+            self.source.tensors[name] = full(state_dict[given_name(name, state_dict, self.params)]).detach()
         for name in self.buffers:
-            whole = full(state_dict[self._given(name, state_dict)])
+            whole = full(state_dict[given_name(name, state_dict, self.params)])
             part = local_part(whole, self.params[name].layout, self.fabric.coordinate, self.mesh)
             self.buffers[name] = part.detach().to(self.fabric.device, copy=True)
         self.local.lend_buffers(self.buffers)
         settle(self._hollow_buffers())
         locals_ = {name: self._initial(name, seed, {}) for name in self.local.params}
         return self.state(locals_, optimizer, seed)
-
-    def _given(self, first: str, state_dict: Mapping[str, Tensor]) -> str:
-        """The name by which a tensor is in a state dict: any of those that it has in the model."""
-        return next(name for name, plan in self.params.items() if plan.first == first and name in state_dict)
-
-    def _misfits(self, state_dict: Mapping[str, Tensor]) -> list[Diagnostic]:
-        found: list[Diagnostic] = []
-        if not isinstance(state_dict, Mapping):
-            return [Diagnostic(code="SS404", what=f"a state dict maps names to tensors; this is a {_type(state_dict)}")]
-        for name, item in state_dict.items():
-            if not isinstance(item, Tensor):
-                found.append(Diagnostic(code="SS404", what=f"{name} is a {_type(item)}, not a tensor"))
-        state_dict = {name: item for name, item in state_dict.items() if isinstance(item, Tensor)}
-        names = {plan.first: [] for plan in self.params.values()}
-        for name, plan in self.params.items():
-            names[plan.first].append(name)
-        for first, every in names.items():
-            given = [state_dict[name] for name in every if name in state_dict]
-            if not given and (self.params[first].persistent or not self.params[first].buffer):
-                found.append(Diagnostic(code="SS404", what=f"the state dict has no {first}"))
-            if any(not same_tensor(given[0], other) for other in given[1:]):
-                found.append(
-                    Diagnostic(
-                        code="SS404",
-                        what=f"{' and '.join(every)} are one tensor, and the state dict has two",
-                        why="their values differ",
-                    )
-                )
-        for name, tensor in state_dict.items():
-            plan = self.params.get(name)
-            if plan is None:
-                found.append(Diagnostic(code="SS404", what=f"the state dict has {name}, which the model does not"))
-            elif tuple(tensor.shape) != plan.shape:
-                found.append(
-                    Diagnostic(
-                        code="SS404",
-                        what=f"{name} has shape {tuple(tensor.shape)}, the model's has {plan.shape}",
-                    )
-                )
-            elif str(tensor.dtype).removeprefix("torch.") != plan.dtype:
-                found.append(
-                    Diagnostic(code="SS404", what=f"{name} is {tensor.dtype}, the model's is torch.{plan.dtype}")
-                )
-        return found
 
     def state(self, locals_: dict[str, Tensor], optimizer: Optimizer | None, seed: int) -> TrainState:
         """A state of step 0 over local tensors."""
@@ -325,7 +280,7 @@ class Sharded:
             try:
                 optimizer.check(trained)
             except ValueError as error:
-                refuse("SS407", str(error), why=f"the model trains {', '.join(map(fold, trained))}")
+                refuse("SS407", str(error), why=f"the model trains {', '.join(dict.fromkeys(map(fold, trained)))}")
         opt = None if optimizer is None else OptState(optimizer, optimizer.init(trained), self.specs)
         return TrainState(
             step=0,
@@ -341,6 +296,7 @@ class Sharded:
 
         Every rank must call it.
         """
+        self.check_state(state)
         views = {**state.params, **state.buffers}
         whole = {name: full(view).cpu() for name, view in views.items()}
         return {
@@ -366,7 +322,8 @@ class Sharded:
             refuse(
                 "SS407",
                 "the state belongs to another plan",
-                why=f"it was made for the mesh {state.home.mesh or 'of one rank'}, this plan is for {self.mesh or 'one rank'}",
+                why=f"it was made for the mesh {state.home.mesh or 'of one rank'}, this plan is for "
+                f"{self.mesh or 'one rank'}",
                 advice=("init or load a state with this sharded model",),
             )
 
@@ -416,89 +373,6 @@ class Sharded:
         return value_and_grad(self, loss_fn)
 
 
-def details_of(params: Mapping[str, ParamPlan], plan: Plan | None) -> dict[str, str]:
-    """What a plan says, by name, in words."""
-    said = {name: f'"{param.spec}" {list(param.shape)}' for name, param in params.items()}
-    if plan is not None:
-        said |= {name: str(entry.layout) for name, entry in {**plan.entries, **plan.activations}.items()}
-        said |= {f"{row.phase} {row.kind} at {row.where}": f"{row.count} x {row.bytes}" for row in plan.collectives}
-    return said
-
-
-def fingerprint(values: Iterable[tuple[str, Tensor]]) -> str:
-    """A digest of a few elements of each tensor: what differs on purpose or by a seed shows in them."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in values:
-        if tensor.device.type != "meta" and tensor.numel():
-            some = tensor.detach().reshape(-1)[:: -(-tensor.numel() // SAMPLES)].contiguous()
-            digest.update(name.encode() + bytes(some.cpu().view(torch.uint8).tolist()))
-    return digest.hexdigest()
-
-
-def same_tensor(one: Tensor, two: Tensor) -> bool:
-    """Whether two entries of a state dict hold the same; DTensors are not put together to see."""
-    if one is two or isinstance(one, DTensor) or isinstance(two, DTensor):
-        return True
-    return one.shape == two.shape and one.dtype == two.dtype and torch.equal(one, two)
-
-
-def _type(item: Any) -> str:
-    return type(item).__name__
-
-
-def check_arguments(model: Any, rules: Any, mesh: Any, inputs: Any) -> None:
-    """SS101 and SS401 for arguments that are no mesh, table, model or batch."""
-    if not isinstance(mesh, Mesh):
-        refuse(
-            "SS101",
-            f"the mesh is a {_type(mesh)}: {mesh!r}",
-            advice=('give ss.Mesh(fsdp=2, tp=2), or ss.Mesh.parse("fsdp=2,tp=2")',),
-        )
-    if not isinstance(rules, Rules):
-        refuse("SS401", f"the table is a {_type(rules)}", advice=("give ss.Rules(params=..., activations=...)",))
-    if not callable(model):
-        refuse("SS401", f"the model is a {_type(model)}", why="it is a module, or a function that builds one")
-    if inputs is not None:
-        check_batch(inputs)
-
-
-def check_batch(batch: Any) -> None:
-    """SS401 for a batch that maps no names to its entries."""
-    if not isinstance(batch, Mapping):
-        refuse("SS401", f"the batch is a {_type(batch)}", why="a batch maps names to its entries")
-
-
-def unmatched_policy(policy: Policy, units: tuple[UnitPlan, ...]) -> Iterator[Diagnostic]:
-    """SS405 for a pattern of the policy that matches no unit."""
-    names = [name for unit in units if unit.modules for name in (unit.name, *unit.modules)]
-    for option in ("remat", "compile", "reshard_after_forward"):
-        patterns = getattr(policy, option)
-        for pattern in () if isinstance(patterns, bool) else patterns:
-            if not any(re.fullmatch(pattern, name) for name in names):
-                yield Diagnostic(
-                    code="SS405",
-                    what=f'{option}: r"{pattern}" matches no unit',
-                    why=f"the units are {', '.join(dict.fromkeys(map(fold, names))) or 'none but the root'}",
-                )
-
-
-def as_optimizer(optimizer: Any) -> Optimizer:
-    """Any pair of `init` and `update` as an optimizer: one of ours, an object that has both, or a tuple."""
-    if isinstance(optimizer, Optimizer):
-        return optimizer
-    pair = (getattr(optimizer, "init", None), getattr(optimizer, "update", None))
-    if isinstance(optimizer, tuple) and len(optimizer) == 2:
-        pair = optimizer
-    if isinstance(optimizer, type) or not all(map(callable, pair)):
-        refuse(
-            "SS407",
-            f"the optimizer is {optimizer!r}",
-            why="an optimizer is a pair of pure functions, init(params) and update(grads, opt_state, params, step)",
-            advice=("give ss.adamw(...), ss.sgd(...) or ss.Optimizer(init=..., update=...)",),
-        )
-    return Optimizer(*pair)
-
-
 def placements_of_one(mesh: Any) -> tuple[Any, ...]:
     """Replicated on the one dim of the mesh of one rank."""
     return (Replicate(),) * mesh.ndim
@@ -527,8 +401,8 @@ def _no_value(name: str, why: str) -> Diagnostic:
         what=f"{name} has no value",
         why=why,
         advice=(
-            "give ss.shard the function that builds the model, sharded.load(state_dict), or "
-            "sharded.init(..., init={regex: function})",
+            "give ss.shard the function that builds the model",
+            "give values with sharded.load(state_dict), or sharded.init(..., init={regex: function})",
         ),
     )
 

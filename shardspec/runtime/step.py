@@ -1,6 +1,6 @@
 """Pure steps: forward, backward, one reduction of what is owed, one of the scalars, one update."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -43,7 +43,11 @@ def run(sharded: Sharded, plan: Plan, batch: Batch, loss_fn: LossFn, *, rng: int
     sharded.wiring.rng = rng
     for index, part in enumerate(sharded.microbatches(plan, batch)):
         sharded.wiring.microbatch = index
-        arguments = {name: item for name, item in part.items() if name in sharded.compiler.names.arguments}
+        arguments = {
+            name: cast(item, sharded.policy.param_dtype)
+            for name, item in part.items()
+            if name in sharded.compiler.names.arguments
+        }
         output = sharded.module(**arguments)
         with Local(sharded.wiring, "loss"):
             loss, weight = loss_fn(output, part)
@@ -59,6 +63,12 @@ def run(sharded: Sharded, plan: Plan, batch: Batch, loss_fn: LossFn, *, rng: int
             loss.backward()
         sums.add(loss, weight)
     return sums
+
+
+def cast(item: Any, dtype: torch.dtype | None) -> Any:
+    """A floating-point argument of forward in the parameters' compute dtype; anything else as it is."""
+    floating = dtype is not None and isinstance(item, Tensor) and item.is_floating_point()
+    return item.to(dtype) if floating else item
 
 
 def reduce_owed(sharded: Sharded, plan: Plan, grads: Mapping[str, Tensor]) -> None:
@@ -167,12 +177,12 @@ def train_step(
             square = squared_norm(sharded, plan.params, grads)
             total, weight, squared = reduce_scalars(sharded, plan.loss, sums, square)
         weight = divisor(weight, sums)
-        norm = squared.sqrt() / weight
+        loss, norm = total / weight, squared.sqrt() / weight
         scale = weight / clip_factor(norm, clip)
-        finite = Finite(state.step + 1, (~torch.isfinite(total + squared)).to(torch.float32))
+        finite = Finite(state.step + 1, (~torch.isfinite(loss + norm)).to(torch.float32))
         new = updated(state, grads, sharded.local.take_buffers(), scale, finite, donate=donate, by="train_step")
         sharded.local.clear_gradients()
-        return new, metrics_of(new, finite, loss=total / weight, weight=weight, grad_norm=norm)
+        return new, metrics_of(new, finite, loss=loss, weight=weight, grad_norm=norm)
 
     return step
 
@@ -190,7 +200,7 @@ def check_clip(clip: float | None) -> None:
 
 
 @contextmanager
-def lent(sharded: Sharded, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
+def lent(sharded: Sharded, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Generator[None]:
     """Have the model compute with these, without gradients so far; leave nothing behind where that fails."""
     sharded.local.bind(params)
     sharded.local.lend_buffers(buffers)

@@ -296,6 +296,8 @@ class _Trial:
             scatter(seed / self._mean(index), Layout(self.typed.layout(index).dims), sizes)
             for seed, (_, index) in zip(seeds, chosen, strict=True)
         ]
+        dtypes = {value.dtype for value in self.typed.graph.values if value.dtype.is_floating_point}
+        tolerance = 10 * max(TOLERANCE[dtype] for dtype in dtypes)
         trained = [name for name in self.leaves if self.inputs[int(name[1:])].is_floating_point()]
         found: dict[str, Ranks] = {name: {} for name in trained}
         for at in coordinates(sizes):
@@ -320,9 +322,7 @@ class _Trial:
             layout = self.layouts[name]
             expects = Layout(layout.dims, tuple((axis, SUM) for axis in sorted(owed.get(index, ()))))
             target = torch.zeros_like(self.inputs[int(name[1:])]) if whole is None else whole
-            problem = difference(
-                found[name], target / self._mean(index), expects, sizes, tolerance=10 * TOLERANCE[target.dtype]
-            )
+            problem = difference(found[name], target / self._mean(index), expects, sizes, tolerance=tolerance)
             if problem:
                 raise _WrongError(f"the gradient of input {name[1:]} is said to be {expects}: {problem}")
 
@@ -365,6 +365,10 @@ def _call_locally(
         return named["self"].reshape(shapes[0])
     if node.op in EXPANDS:
         return named["self"].expand(shapes[0])
+    if node.op == "repeat":
+        counts = named["repeats"]
+        old = (1,) * (len(counts) - named["self"].ndim) + tuple(named["self"].shape)
+        named["repeats"] = [new // length if length else 1 for new, length in zip(shapes[0], old, strict=True)]
     if node.op in PARTS:
         dim = int(named.get("dim") or 0)
         return named["self"].split([shape[dim] for shape in shapes], dim)

@@ -164,9 +164,7 @@ def run_sharded(case: Case) -> Outcome:
     family = case.family
     policy = ss.Policy(accumulate=case.accumulate, remat=case.remat)
     mesh = ss.Mesh.parse(case.mesh)
-    sharded = ss.shard(
-        lambda: family.make(case.tied), family.rules[case.sp], mesh, family.batch(0), policy=policy
-    )
+    sharded = ss.shard(lambda: family.make(case.tied), family.rules[case.sp], mesh, family.batch(0), policy=policy)
     state = sharded.init(ss.adamw(**OPTIMIZER), seed=3)
     initial = {name: ss.full(tensor).clone() for name, tensor in state.params.items()}
     grad_fn = sharded.value_and_grad(loss_fn)

@@ -16,6 +16,7 @@ from shardspec.placement import stored_shape
 from tests.distributed import parity
 from tests.distributed.harness import CollectiveLog, run_ranks
 
+
 @pytest.fixture(autouse=True)
 def float64() -> Iterator[None]:
     was = torch.get_default_dtype()
@@ -619,7 +620,7 @@ def test_any_pair_of_pure_functions_is_an_optimizer():
             parity.plain_loss(plain, parity.make_batch(index)).backward()
             with torch.no_grad():
                 for name, p in plain.named_parameters():
-                    p -= 1e-3 * (0.9 * moments[name] + 0.1 * p.grad).sign()
+                    p.sub_(1e-3 * (0.9 * moments[name] + 0.1 * p.grad).sign())
                     moments[name] = 0.99 * moments[name] + 0.01 * p.grad
         for name, parameter in plain.named_parameters():
             torch.testing.assert_close(last[name], parameter.detach(), **EXACT)
@@ -643,7 +644,8 @@ def test_a_step_that_is_not_finite_skips_its_update_and_says_so_on_every_rank(op
     def run(rank: int, world: int) -> None:
         sharded = shard("fsdp=2,tp=2")
         good = sharded.local_batch(parity.make_batch(0))
-        row = sharded.local_batch({"tokens": torch.arange(16)[:, None].expand(16, 8), "labels": good_labels()})["tokens"]
+        rows = torch.arange(parity.ROWS)[:, None].expand(parity.ROWS, parity.SEQ)
+        row = sharded.local_batch({"tokens": rows, "labels": rows})["tokens"]
 
         def loss_fn(output: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
             total, weight = ss.cross_entropy(output, batch["labels"])
@@ -664,17 +666,13 @@ def test_a_step_that_is_not_finite_skips_its_update_and_says_so_on_every_rank(op
         with pytest.raises(ss.NonFiniteError, match="step 2"):
             step(state, good)
         blow["up"] = 1.0
-        other, fine = step(sharded.init(optimizer), good)  # the failure was another state's
+        _, fine = step(sharded.init(optimizer), good)  # the failure was another state's
         assert math.isfinite(float(fine["loss"]))
         state, fine = step(state, good)  # told once; the state is as it was before
         assert math.isfinite(float(fine["loss"]))
         assert not torch.equal(ss.full(state.params["norm.weight"]), before["norm.weight"])
 
     run_ranks(4, run)
-
-
-def good_labels() -> Tensor:
-    return parity.make_batch(0)["labels"]
 
 
 def assert_same_tree(ours: Any, theirs: Any) -> None:

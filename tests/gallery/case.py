@@ -54,13 +54,16 @@ def with_parts(**classes: type[nn.Module]) -> Callable[[], nn.Module]:
     return llama(change)
 
 
+PLAIN = llama()
+
+
 @attrs.frozen(kw_only=True)
 class Case:
     """The arguments of one check."""
 
     rules: ss.Rules = RULES
     mesh: str = "fsdp=2,tp=2"
-    model: Callable[[], nn.Module] = llama()
+    model: Callable[[], nn.Module] = PLAIN
     inputs: dict[str, Any] = attrs.field(factory=make_batch)
     loss: Callable[..., Any] | None = token_loss
 

@@ -1,6 +1,7 @@
 """Modules of the debug Llama written otherwise: the first half cannot be split as they stand, the second can."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -124,9 +125,12 @@ class WritesThroughAView(Projected):
         return q, k, v
 
 
-class WritesToItsInput(Projected):
-    def forward(self, x_BSD: Tensor, cos_S1d: Tensor, sin_S1d: Tensor) -> Tensor:
-        return x_BSD.add_(super().forward(x_BSD, cos_S1d, sin_S1d))
+class GainAfterTheHeads(Projected):
+    def extend(self) -> None:
+        self.gain = nn.Parameter(torch.ones(128))
+
+    def join_heads(self, o_BSHd: Tensor) -> Tensor:
+        return self.wo(o_BSHd.flatten(2)) * self.gain
 
 
 class BiasAfterTheHeads(Projected):
@@ -197,6 +201,38 @@ class DividedByItsWidth(FeedForward):
     def forward(self, x_BSD: Tensor) -> Tensor:
         h_BSF = F.silu(self.w1(x_BSD)) * self.w3(x_BSD)
         return self.w2(h_BSF / h_BSF.shape[-1])
+
+
+class DividedByAConstant(FeedForward):
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        h_BSF = F.silu(self.w1(x_BSD)) * self.w3(x_BSD)
+        return self.w2(h_BSF / h_BSF.new_tensor(float(h_BSF.shape[-1])))
+
+
+class DividedByAFilling(FeedForward):
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        h_BSF = F.silu(self.w1(x_BSD)) * self.w3(x_BSD)
+        return self.w2(h_BSF / torch.full((), float(h_BSF.shape[-1])))
+
+
+class OneOfTwo(FeedForward):
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        h_BSF = self.w1(x_BSD)
+        one, two = self.w2(F.silu(h_BSF)), self.w2(F.relu(h_BSF) * self.w3(x_BSD))
+        return one if h_BSF.shape[-1] > 256 else two
+
+
+class ClampsItsWeight(FeedForward):
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.w1.weight.clamp_(-0.01, 0.01)
+        return super().forward(x_BSD)
+
+
+class ClampsTheDataOfItsWeight(FeedForward):
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        self.w1.weight.data.clamp_(-0.01, 0.01)
+        return super().forward(x_BSD)
 
 
 class BranchOnWidth(FeedForward):
@@ -273,6 +309,33 @@ class MixedByADense(FeedForward):
 # The block
 
 
+class WritesToItsInput(Block):
+    def forward(self, x_BSD: Tensor, cos_S1d: Tensor, sin_S1d: Tensor) -> Tensor:
+        return super().forward(x_BSD.mul_(0.5), cos_S1d, sin_S1d)
+
+
+class TakesALength(Block):
+    def forward(self, x_BSD: Tensor, cos_S1d: Tensor, sin_S1d: Tensor, rows: int = 1) -> Tensor:
+        return super().forward(x_BSD * (1 / rows), cos_S1d, sin_S1d)
+
+
+class StraightThrough(torch.autograd.Function):
+    """The identity, whose backward takes the mean of the gradient off."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BSD: Tensor) -> Tensor:
+        return x_BSD * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, grad_BSD: Tensor) -> Tensor:
+        return grad_BSD - grad_BSD.mean((0, 1), keepdim=True)
+
+
+class OwnBackward(Block):
+    def forward(self, x_BSD: Tensor, cos_S1d: Tensor, sin_S1d: Tensor) -> Tensor:
+        return super().forward(StraightThrough.apply(x_BSD), cos_S1d, sin_S1d)
+
+
 class MeanOfTheSequenceTakenOff(Block):
     def forward(self, x_BSD: Tensor, cos_S1d: Tensor, sin_S1d: Tensor) -> Tensor:
         return super().forward(x_BSD - x_BSD.mean(1, keepdim=True), cos_S1d, sin_S1d)
@@ -327,6 +390,23 @@ class HandWrittenNorm(Block):
 # The whole model
 
 
+class PassesALength(Llama):
+    """Passes 8 to its first block and the number of rows to the others: the same on a whole batch of 8."""
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        h_BSD = self.tok_embeddings(tokens)
+        cos, sin = (x[: tokens.shape[1]].unsqueeze(1) for x in (self.rope_cos, self.rope_sin))
+        for index, layer in enumerate(self.layers):
+            h_BSD = layer(h_BSD, cos, sin, tokens.shape[0] if index else 8)
+        return self.output(self.norm(h_BSD))
+
+
+class ScaledByItsMaximum(Llama):
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        logits_BSV = super().forward(tokens, positions)
+        return logits_BSV * ss.name(logits_BSV.amax(-1, keepdim=True), "top")
+
+
 class ReadsALength(Llama):
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         used = int((tokens != 0).sum(1).max())
@@ -371,3 +451,31 @@ class CentersItsLogits(Llama):
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         logits_BSV = super().forward(tokens, positions)
         return logits_BSV - logits_BSV.mean(-1, keepdim=True)
+
+
+class ScaledByItsDetachedMaximum(Llama):
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        logits_BSV = super().forward(tokens, positions)
+        return logits_BSV * ss.name(logits_BSV.detach().amax(-1, keepdim=True), "top")
+
+
+class EveryLayerTwice(Llama):
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        h_BSD = self.tok_embeddings(tokens)
+        cos, sin = (x[: tokens.shape[1]].unsqueeze(1) for x in (self.rope_cos, self.rope_sin))
+        for layer in [*self.layers, *self.layers]:
+            h_BSD = layer(h_BSD, cos, sin)
+        return self.output(self.norm(h_BSD))
+
+
+class NamedMean(Block):
+    def forward(self, x_BSD: Tensor, cos_S1d: Tensor, sin_S1d: Tensor) -> Tensor:
+        return super().forward(x_BSD - ss.name(x_BSD.mean(1, keepdim=True), "mean"), cos_S1d, sin_S1d)
+
+
+class ExpandedBias(Block):
+    def extend(self) -> None:
+        self.bias = nn.Parameter(torch.zeros(128))
+
+    def forward(self, x_BSD: Tensor, cos_S1d: Tensor, sin_S1d: Tensor) -> Tensor:
+        return super().forward(x_BSD + self.bias.expand(x_BSD.shape), cos_S1d, sin_S1d)

@@ -1,0 +1,177 @@
+"""What types right and would still run wrong: gradients through maxima, parameters read while they are not gathered,
+writes in place across a boundary."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from attrs import frozen
+
+from shardspec.aliasing import writes
+from shardspec.cotangent import Backward
+from shardspec.diagnostics import Diagnostic, Location
+from shardspec.infer import TypedGraph, absolute, producer
+from shardspec.layout import MAX, MIN
+from shardspec.lower import calls
+from shardspec.plan import ParamPlan, UnitPlan
+from shardspec.program import Node, tensors
+from shardspec.rules.match import as_pattern, fold
+from shardspec.stages import TypedProgram
+
+
+def hazards(typed: TypedProgram, params: Mapping[str, ParamPlan], units: Sequence[UnitPlan]) -> Iterator[Diagnostic]:
+    """SS216, SS314 and SS316, each place in the model once."""
+    told: set[tuple[str, Location]] = set()
+    for found in (
+        *gradients_of_maxima(typed),
+        *reads_outside_units(typed, params, units),
+        *writes_across(typed, params, units),
+    ):
+        place = (found.code, found.locations[0])
+        if place not in told:
+            told.add(place)
+            yield found
+
+
+def gradients_of_maxima(typed: TypedProgram) -> Iterator[Diagnostic]:
+    """SS316 for a gradient that passes a maximum over ranks: it belongs to the rank that holds it alone."""
+    for fqn, graph, back in calls(typed.forward, typed.backward, ""):
+        for position in back.alive if back else ():
+            step = graph.transitions.get(position)
+            for axis, kind in step.before.pending if step else ():
+                if step is not None and kind in (MAX, MIN):
+                    name, node = absolute(fqn, graph.names[position]), graph.graph.nodes[position]
+                    yield Diagnostic(
+                        code="SS316",
+                        what=f"a gradient passes {name}, the {kind} over {axis} of parts",
+                        why="each rank would send it to its own largest element; on the whole only one of them has it",
+                        locations=(node.location, step.entry.location),
+                        advice=(f"detach what the {kind} is taken of, or gather it before",),
+                    )
+
+
+def reads_outside_units(
+    typed: TypedProgram, params: Mapping[str, ParamPlan], units: Sequence[UnitPlan]
+) -> Iterator[Diagnostic]:
+    """SS216 for a stored parameter that is read while its unit does not run, and so is not gathered."""
+    modules = {unit.name: unit.modules for unit in units}
+    known: dict[int, list[tuple[Node, str]]] = {}
+    for fqn, graph, _ in calls(typed.forward, typed.backward, ""):
+        if id(graph) not in known:
+            known[id(graph)] = list(parameter_reads(graph))
+        for node, name in known[id(graph)]:
+            plan = params.get(absolute(fqn, name))
+            if plan is None or not plan.storage or not plan.unit:
+                continue
+            path = absolute(fqn, node.path)
+            if not any(inside(path, module) for module in modules[plan.unit]):
+                yield Diagnostic(
+                    code="SS216",
+                    what=f"{plan.first} is read in {path or 'the model'}, outside its unit {plan.unit}",
+                    why=f"it is stored over {', '.join(plan.storage)}, and whole only while its unit runs",
+                    locations=(node.location, typed.claims.params[plan.first].entry.location),
+                    advice=(
+                        f'write r"{as_pattern(fold(path))}" in units in its place'
+                        if path
+                        else "leave it to the root unit",
+                    ),
+                )
+
+
+def parameter_reads(typed: TypedGraph) -> Iterator[tuple[Node, str]]:
+    """Each operation that reads a parameter, with the parameter's name relative to the graph."""
+    names = {index: name for name, index in typed.graph.params.items()}
+    for node in typed.graph.nodes:
+        if node.op not in ("point", "block"):
+            for index in dict.fromkeys(ref.index for ref in tensors(node.args) + tensors(node.kwargs)):
+                if index in names:
+                    yield node, names[index]
+
+
+def inside(path: str, module: str) -> bool:
+    """Whether a module is another or lies in it."""
+    return path == module or path.startswith(f"{module}.")
+
+
+@frozen(eq=False)
+class Frame:
+    """A graph that runs, its backward, and where in it the next inner graph is called."""
+
+    typed: TypedGraph
+    back: Backward | None
+    at: int
+
+
+def writes_across(
+    typed: TypedProgram, params: Mapping[str, ParamPlan], units: Sequence[UnitPlan]
+) -> Iterator[Diagnostic]:
+    """SS314 for a write to a tensor that on a mesh is not the one that the caller holds."""
+    stored = {plan.unit for plan in params.values() if plan.storage}
+    gathered = {module for unit in units if unit.name in stored for module in unit.modules}
+    for frames in writing([Frame(typed.forward, typed.backward, 0)], set()):
+        node = frames[-1].typed.graph.nodes[frames[-1].at]
+        reason = boundary(frames, node.args[0].index, gathered)
+        if reason:
+            yield Diagnostic(
+                code="SS314",
+                what=f"{node.op} writes in place to {reason}",
+                why="without the mesh the two are one tensor, and the write is seen on both sides",
+                locations=(node.location,),
+                advice=("use the form of the operator that makes a new tensor",),
+            )
+
+
+def writing(frames: list[Frame], seen: set[tuple[int, int]]) -> Iterator[list[Frame]]:
+    """Every write in place, as the frames that lead to it; a block that runs alike again is not looked at again."""
+    outer = frames[-1]
+    for position, node in enumerate(outer.typed.graph.nodes):
+        here = [*frames[:-1], Frame(outer.typed, outer.back, position)]
+        inner = outer.typed.calls.get(position)
+        back = outer.back.calls.get(position) if outer.back else None
+        if inner is not None and (id(inner), id(back)) not in seen:
+            seen.add((id(inner), id(back)))
+            yield from writing([*here, Frame(inner, back, 0)], seen)
+        elif node.args and writes(node.func):
+            yield here
+
+
+def boundary(frames: Sequence[Frame], index: int, gathered: set[str]) -> str:
+    """What lies between a value and the tensor that its caller holds, or nothing."""
+    frames = list(frames)
+    while True:
+        frame = frames[-1]
+        typed, graph = frame.typed, frame.typed.graph
+        if index in graph.inputs and len(frames) > 1:
+            frames.pop()
+            index = frames[-1].typed.graph.nodes[frames[-1].at].args[graph.inputs.index(index)].index
+            continue
+        made = producer(graph, index, frame.at)
+        if made is None or graph.nodes[made].op != "point":
+            return ""
+        reason = crossing(frame, made, gathered)
+        if reason:
+            return reason
+        frames[-1] = Frame(typed, frame.back, made)
+        index = graph.nodes[made].args[0].index
+
+
+def crossing(frame: Frame, position: int, gathered: set[str]) -> str:
+    """What a point does that a write behind it must not follow, or nothing."""
+    typed, node = frame.typed, frame.typed.graph.nodes[position]
+    step, source = typed.transitions.get(position), node.args[0].index
+    name = absolute(typed.fqn, typed.names.get(position, node.func[0]))
+    module, colon, _ = name.partition(":")
+    if colon and module in gathered:
+        return f"an input of {module}, which fully_shard hands on as a view"
+    if step is None:
+        return ""
+    if step.moves:
+        later = typed.graph.nodes[frame.at :]
+        seen = (
+            source in typed.graph.inputs or source in typed.graph.outputs or any(reads(node, source) for node in later)
+        )
+        return f"{name}, and what it was made from is read again" if seen else ""
+    return f"{name}, where a rule completes the gradient" if frame.back and frame.back.moves.get(position) else ""
+
+
+def reads(node: Node, index: int) -> bool:
+    """Whether an operation reads a value."""
+    return any(ref.index == index for ref in tensors(node.args) + tensors(node.kwargs))

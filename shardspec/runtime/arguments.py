@@ -1,0 +1,89 @@
+"""What a user passes: checked for its kind before it is used."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from shardspec.diagnostics import Diagnostic, refuse
+from shardspec.mesh import Mesh
+from shardspec.plan import UnitPlan
+from shardspec.policy import Policy
+from shardspec.rules.match import fold
+from shardspec.rules.table import Rules
+from shardspec.runtime.optim import Optimizer
+from shardspec.stages import Model
+
+
+def kind_of(item: Any) -> str:
+    """The name of a thing's class."""
+    return type(item).__name__
+
+
+def check_arguments(rules: Any, mesh: Any, inputs: Any) -> None:
+    """SS101 and SS401 for arguments that are no mesh, table or batch."""
+    if not isinstance(mesh, Mesh):
+        refuse(
+            "SS101",
+            f"the mesh is a {kind_of(mesh)}: {mesh!r}",
+            advice=('give ss.Mesh(fsdp=2, tp=2), or ss.Mesh.parse("fsdp=2,tp=2")',),
+        )
+    if not isinstance(rules, Rules):
+        refuse("SS401", f"the table is a {kind_of(rules)}", advice=("give ss.Rules(params=..., activations=...)",))
+    if inputs is not None:
+        check_batch(inputs)
+
+
+def as_model(model: Any) -> Model:
+    """A module, or a function that builds one, and says so where it does not."""
+    wanted = "a model is a module, or a function that builds one"
+    if isinstance(model, nn.Module):
+        return model
+    if not callable(model):
+        refuse("SS401", f"the model is a {kind_of(model)}", why=wanted)
+
+    def build() -> nn.Module:
+        built = model()
+        if not isinstance(built, nn.Module):
+            refuse("SS401", f"the model's function returns a {kind_of(built)}", why=wanted)
+        return built
+
+    return build
+
+
+def check_batch(batch: Any) -> None:
+    """SS401 for a batch that maps no names to its entries."""
+    if not isinstance(batch, Mapping):
+        refuse("SS401", f"the batch is a {kind_of(batch)}", why="a batch maps names to its entries")
+
+
+def unmatched_policy(policy: Policy, units: tuple[UnitPlan, ...]) -> Iterator[Diagnostic]:
+    """SS405 for a pattern of the policy that matches no unit."""
+    names = [name for unit in units if unit.modules for name in (unit.name, *unit.modules)]
+    for option in ("remat", "compile", "reshard_after_forward"):
+        patterns = getattr(policy, option)
+        for pattern in () if isinstance(patterns, bool) else patterns:
+            if not any(re.fullmatch(pattern, name) for name in names):
+                yield Diagnostic(
+                    code="SS405",
+                    what=f'{option}: r"{pattern}" matches no unit',
+                    why=f"the units are {', '.join(dict.fromkeys(map(fold, names))) or 'none but the root'}",
+                )
+
+
+def as_optimizer(optimizer: Any) -> Optimizer:
+    """Any pair of `init` and `update` as an optimizer: one of ours, an object that has both, or a tuple."""
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    pair: Any = (getattr(optimizer, "init", None), getattr(optimizer, "update", None))
+    if isinstance(optimizer, tuple) and len(optimizer) == 2:
+        pair = optimizer
+    if isinstance(optimizer, type) or not all(map(callable, pair)):
+        refuse(
+            "SS407",
+            f"the optimizer is {optimizer!r}",
+            why="an optimizer is a pair of pure functions, init(params) and update(grads, opt_state, params, step)",
+            advice=("give ss.adamw(...), ss.sgd(...) or ss.Optimizer(init=..., update=...)",),
+        )
+    return Optimizer(*pair)

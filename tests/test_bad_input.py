@@ -1,0 +1,310 @@
+"""What a user gets wrong is refused by name before anything runs, and nothing of theirs is touched."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import shardspec as ss
+from models.llama import RULES, LlamaConfig, build
+
+CONFIG = LlamaConfig(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=24, vocab_size=32, max_seq_len=16)
+ROWS, SEQ = 4, 8
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def llama() -> nn.Module:
+    return build(CONFIG)
+
+
+def make_batch() -> dict[str, Tensor]:
+    tokens = torch.arange(ROWS * SEQ).reshape(ROWS, SEQ) % CONFIG.vocab_size
+    return {"tokens": tokens, "labels": tokens.flip(1)}
+
+
+def loss_fn(output: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    return ss.cross_entropy(output, batch["labels"])
+
+
+def shard(model: Any = llama, rules: Any = RULES, mesh: Any = None, inputs: Any = None, **policy: Any) -> ss.Sharded:
+    return ss.shard(model, rules, ss.Mesh() if mesh is None else mesh, inputs, policy=ss.Policy(**policy))
+
+
+def diagnosis(call: Callable[[], Any]) -> tuple[set[str], str]:
+    """The codes and the text of the ShardingError that a call raises."""
+    with pytest.raises(ss.ShardingError) as caught:
+        call()
+    return {diagnostic.code for diagnostic in caught.value.diagnostics}, str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("tp=x", "'x' is not a size"),
+        ("tp", "'tp' is not axis=size"),
+        ("foo=2", "'foo=2' is not axis=size"),
+        ("TP=2", "'TP=2'"),
+        ("tp=2,tp=2", "tp is given twice"),
+        ("tp=0", "size 0"),
+        ("tp=-1", "'-1'"),
+        ("tp=2.0", "'2.0'"),
+        ("tp=2;fsdp=2", "'2;fsdp=2'"),
+    ],
+)
+def test_a_wrong_mesh_string_is_refused_with_the_part_that_is_wrong(text: str, words: str):
+    codes, said = diagnosis(lambda: ss.Mesh.parse(text))
+    assert codes == {"SS101"}
+    assert words in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ({"mesh": "tp=2"}, "SS101", "'tp=2'"),
+        ({"rules": {"weight": "D"}}, "SS401", "the table is a dict"),
+        ({"model": None}, "SS401", "the model is a NoneType"),
+        ({"model": dict}, "SS401", "dict"),
+        ({"inputs": torch.zeros(2)}, "SS401", "the batch is a Tensor"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(arguments: dict[str, Any], code: str, words: str):
+    codes, said = diagnosis(lambda: shard(**arguments))
+    assert codes == {code}
+    assert words in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        ({"params": {r"norm\.wieght": "D"}}, "SS203", r"norm\.wieght"),
+        ({"drop": [r"output\.weight"]}, "SS202", "output.weight"),
+        ({"params": {r"norm\.weight|output\.weight": "D"}}, "SS204", "norm.weight"),
+        ({"params": {r"output\.weight": "V@(tp,fsdp) D E"}}, "SS205", "output.weight"),
+        ({"params": {r"output\.weight": "V@dp D"}}, "SS208", "dp"),
+        ({"params": {r"output\.weight": "V@gpu D"}}, "SS103", "gpu"),
+        ({"params": {r"output\.weight": "V@(tp D"}}, "SS103", "output"),
+        ({"activations": {r"output": "B@(dp,fsdp) S@cp V@tp V"}}, "SS205", "output"),
+        ({"units": [r"layer\.\d+"]}, "SS211", r"layer\.\d+"),
+    ],
+)
+def test_a_wrong_table_is_refused_and_the_model_stays_as_it_was(changes: dict[str, Any], code: str, words: str):
+    given = llama()
+    before = {name: (id(tensor), tensor._version) for name, tensor in given.state_dict(keep_vars=True).items()}
+    attributes = [sorted(child.__dict__) for child in given.modules()]
+    codes, said = diagnosis(lambda: shard(given, RULES.override(**changes), inputs=make_batch()))
+    assert code in codes
+    assert words in said
+    assert before == {name: (id(t), t._version) for name, t in given.state_dict(keep_vars=True).items()}
+    assert attributes == [sorted(child.__dict__) for child in given.modules()]
+    assert not any(child._forward_hooks or child._forward_pre_hooks for child in given.modules())
+
+
+def test_a_mesh_of_several_ranks_asks_for_a_launcher_after_the_table_was_checked():
+    codes, said = diagnosis(lambda: shard(mesh=ss.Mesh(tp=2), inputs=make_batch()))
+    assert codes == {"SS403"}
+    assert "torchrun --nproc-per-node 2" in said
+    wrong = RULES.override(drop=[r"output\.weight"])
+    assert diagnosis(lambda: shard(rules=wrong, mesh=ss.Mesh(tp=2)))[0] == {"SS202"}
+
+
+BATCHES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str, str]] = {
+    "a name that no rule claims": (lambda b: {"tokns": b["tokens"], "labels": b["labels"]}, "SS202", "tokns"),
+    "an entry too many": (lambda b: b | {"mask": b["tokens"]}, "SS202", "mask"),
+    "an entry that forward needs is missing": (lambda b: {"labels": b["labels"]}, "SS401", "tokens"),
+    "nothing": (lambda b: {}, "SS401", "tokens"),
+    "tokens of floats": (lambda b: b | {"tokens": b["tokens"].float()}, "SS402", "tokens (4, 8) float32"),
+    "a row instead of a batch": (lambda b: b | {"tokens": b["tokens"][0]}, "SS205", "tokens has 1"),
+    "a dim too many": (lambda b: b | {"tokens": b["tokens"][None]}, "SS205", "tokens has 3"),
+    "labels of other rows": (lambda b: b | {"labels": b["labels"][:2]}, "SS206 SS402", "labels"),
+    "more positions than there are": (lambda b: {k: v.repeat(1, 5) for k, v in b.items()}, "SS402", "(4, 40)"),
+    "a list of tokens": (lambda b: b | {"tokens": b["tokens"].tolist()}, "SS402", "list"),
+    "a tensor": (lambda b: b["tokens"], "SS401", "Tensor"),
+}
+
+
+@pytest.mark.parametrize("what", BATCHES)
+def test_a_wrong_batch_is_refused_by_name_wherever_it_comes_in(what: str):
+    change, code, words = BATCHES[what]
+    batch = change(make_batch())
+    sharded = shard()
+    state = sharded.init(ss.sgd(lr=0.1))
+    before = ss.full(state.params["norm.weight"])
+    uses = [
+        lambda: shard(inputs=batch),
+        lambda: ss.train_step(sharded, loss_fn)(state, batch),
+        lambda: ss.eval_step(sharded, loss_fn)(state, batch),
+        lambda: sharded.value_and_grad(loss_fn)(state.params, batch),
+    ]
+    for use in uses:
+        codes, said = diagnosis(use)
+        assert codes <= set(code.split())
+        assert words in said
+    assert torch.equal(ss.full(state.params["norm.weight"]), before)
+    state, _ = ss.train_step(sharded, loss_fn)(state, make_batch())
+    assert state.step == 1
+
+
+def test_labels_missing_from_the_batch_are_named_with_the_line_that_reads_them():
+    sharded = shard()
+    state = sharded.init(ss.sgd(lr=0.1))
+    batch = {"tokens": make_batch()["tokens"]}
+    codes, said = diagnosis(lambda: ss.train_step(sharded, loss_fn)(state, batch))
+    assert codes == {"SS402"}
+    assert "'labels'" in said
+    assert "test_bad_input.py" in said
+
+
+def test_rows_that_microbatches_do_not_divide_are_refused():
+    for call in (
+        lambda: shard(inputs=make_batch(), accumulate=3),
+        lambda: shard(accumulate=3).local_batch(make_batch()),
+        lambda: ss.train_step((one := shard(accumulate=3)), loss_fn)(one.init(ss.sgd(lr=0.1)), make_batch()),
+    ):
+        codes, said = diagnosis(call)
+        assert codes == {"SS301"}
+        assert "3 microbatches" in said
+
+
+def summed(output: Tensor) -> Tensor:
+    return output.float().sum()
+
+
+LOSSES: dict[str, tuple[Callable[..., Any], str, str]] = {
+    "one value": (lambda o, b: loss_fn(o, b)[0], "SS310", "one tensor"),
+    "nothing": (lambda o, b: None, "SS310", "NoneType"),
+    "three values": (lambda o, b: (summed(o), 1.0, 2.0), "SS310", "3 values"),
+    "a sum for each token": (lambda o, b: (o.sum(-1), 1.0), "SS310", "(4, 8)"),
+    "a number for a sum": (lambda o, b: (1.0, 1.0), "SS310", "sum is a float"),
+    "a sum of integers": (lambda o, b: ((b["labels"] > 0).sum(), 1.0), "SS310", "int64"),
+    "a complex sum": (lambda o, b: (summed(o) * 1j, 1.0), "SS310", "complex"),
+    "a sum without a gradient": (lambda o, b: (summed(o.detach()), 1.0), "SS310", "no gradient"),
+    "text": (lambda o, b: ("sum", "weight"), "SS310", "str"),
+    "a value read on the host": (lambda o, b: (summed(o).item(), 1.0), "SS313", "host"),
+    "a function of one argument": (lambda o: (summed(o), 1.0), "SS402", "argument"),
+}
+
+
+@pytest.mark.parametrize("what", LOSSES)
+def test_a_loss_that_returns_something_else_is_refused_before_an_update(what: str):
+    wrong, code, words = LOSSES[what]
+    sharded = shard()
+    state = sharded.init(ss.sgd(lr=0.1))
+    codes, said = diagnosis(lambda: ss.train_step(sharded, wrong)(state, make_batch()))
+    assert codes == {code}
+    assert words in said
+    assert not state.held.donated
+
+
+def test_a_mean_is_refused_where_ranks_may_hold_different_numbers_of_tokens():
+    def of_tokens(output: Tensor, batch: dict[str, Any]) -> tuple[Tensor, float]:
+        return F.cross_entropy(output.flatten(0, 1), batch["labels"].flatten()), 1.0
+
+    def of_logits(output: Tensor, batch: dict[str, Any]) -> tuple[Tensor, float]:
+        return output.square().mean(), 1.0
+
+    for loss, code, words in ((of_tokens, "SS311", "mean over tokens"), (of_logits, "SS310", "avg over dp")):
+        codes, said = diagnosis(lambda loss=loss: ss.compile(llama(), RULES, ss.Mesh(dp=2), make_batch(), loss))
+        assert codes == {code}
+        assert words in said
+
+
+def test_a_weight_of_zero_is_not_finite_and_changes_nothing():
+    sharded = shard()
+    state = sharded.init(ss.sgd(lr=0.1))
+    before = ss.full(state.params["norm.weight"])
+    state, metrics = ss.train_step(sharded, lambda o, b: (summed(o), 0))(state, make_batch())
+    with pytest.raises(ss.NonFiniteError):
+        float(metrics["loss"])
+    assert torch.equal(ss.full(state.params["norm.weight"]), before)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "words"),
+    [
+        (torch.optim.AdamW, "AdamW"),
+        (ss.adamw, "adamw"),
+        ("adamw", "'adamw'"),
+        (ss.adamw(groups={r"nothing\.here": {"weight_decay": 0.0}}), "matches no trainable parameter"),
+    ],
+)
+def test_what_is_no_optimizer_of_this_model_is_refused(optimizer: Any, words: str):
+    codes, said = diagnosis(lambda: shard().init(optimizer))
+    assert codes == {"SS407"}
+    assert words in said
+
+
+def test_a_pair_of_functions_and_an_object_with_both_are_optimizers():
+    sgd = ss.sgd(lr=0.1)
+
+    class Pair:
+        init, update = staticmethod(sgd.init), staticmethod(sgd.update)
+
+    after = []
+    for optimizer in (sgd, (sgd.init, sgd.update), Pair()):
+        sharded = shard()
+        state, _ = ss.train_step(sharded, loss_fn)(sharded.init(optimizer), make_batch())
+        after.append(ss.full(state.params["layers.0.attention.wq.weight"]))
+    assert torch.allclose(after[0], after[1])
+    assert torch.equal(after[1], after[2])
+
+
+def test_a_policy_that_matches_no_unit_is_refused():
+    for option in ("remat", "compile", "reshard_after_forward"):
+        codes, said = diagnosis(lambda option=option: shard(**{option: r"layres\.\d+"}))
+        assert codes == {"SS405"}
+        assert option in said
+    assert diagnosis(lambda: ss.Policy(accumulate=0))[0] == {"SS405"}
+    for clip in (0.0, -1.0, math.nan):
+        assert diagnosis(lambda clip=clip: ss.train_step(shard(), loss_fn, clip=clip))[0] == {"SS405"}
+
+
+def test_states_and_models_in_each_others_place_are_refused():
+    sharded = shard()
+    state = sharded.init(ss.sgd(lr=0.1))
+    wrong = [
+        lambda: ss.train_step(sharded, loss_fn)(make_batch(), state),
+        lambda: ss.train_step(sharded, loss_fn)(state.params, make_batch()),
+        lambda: ss.eval_step(sharded, loss_fn)(None, make_batch()),
+        lambda: ss.update(state.params, {}),
+        lambda: ss.train_step(llama(), loss_fn),
+        lambda: ss.eval_step(llama(), loss_fn),
+        lambda: ss.train_step(sharded, loss_fn)(sharded.load(sharded.state_dict(state)), make_batch()),
+    ]
+    for call in wrong:
+        assert diagnosis(call)[0] == {"SS407"}
+
+
+def test_a_state_of_another_model_is_refused():
+    other = ss.shard(lambda: build(LlamaConfig(**{**SMALL, "dim": 32})), RULES, ss.Mesh())
+    state = other.init(ss.sgd(lr=0.1))
+    sharded = shard()
+    for call in (
+        lambda: ss.train_step(sharded, loss_fn)(state, make_batch()),
+        lambda: ss.eval_step(sharded, loss_fn)(state, make_batch()),
+        lambda: sharded.state_dict(state),
+        lambda: sharded.value_and_grad(loss_fn)(state.params, make_batch()),
+    ):
+        assert diagnosis(call)[0] == {"SS407"}
+
+
+SMALL = {"dim": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 24, "vocab_size": 32, "max_seq_len": 16}
+
+
+def test_a_state_dict_that_is_none_is_refused():
+    sharded = shard()
+    good = sharded.state_dict(sharded.init(ss.sgd(lr=0.1)))
+    for wrong, words in (([1], "list"), ({**good, "norm.weight": 3}, "norm.weight is a int")):
+        codes, said = diagnosis(lambda wrong=wrong: sharded.load(wrong))
+        assert codes == {"SS404"}
+        assert words in said
