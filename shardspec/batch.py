@@ -1,11 +1,12 @@
 """A batch before it runs: what decides its program, its entries' layouts, its microbatches."""
 
+import linecache
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from shardspec.diagnostics import Diagnostic, Location, refuse
+from shardspec.diagnostics import Diagnostic, Location, refuse, shorten
 from shardspec.lower import entry_plan
 from shardspec.mesh import BATCH_AXES, Mesh, degree
 from shardspec.plan import ActivationPlan
@@ -44,7 +45,10 @@ def host_read(error: HostRead) -> Diagnostic:
         code="SS313",
         what=str(error),
         why="what Python decides by a value of the batch may differ from rank to rank",
-        locations=(Location(file=error.file, line=error.line),),
+        locations=(
+            Location(file=shorten(error.file), line=error.line, text=linecache.getline(error.file, error.line).strip()),
+        ),
+        advice=("decide by tensors (torch.where, a mask), or do it to the batch before the step",),
     )
 
 
@@ -54,7 +58,9 @@ def entry_plans(
     """The plans of a global batch's entries; SS202 for one that no rule claims, SS205 and SS301 for one that does
     not fit."""
     shapes = {name: tuple(item.shape) for name, item in batch.items() if isinstance(item, torch.Tensor)}
-    claimed, found = assign(table.activations, shapes, total=True, what="batch entry", alive=lambda _: True)
+    claimed, found = assign(
+        table.activations, shapes, what=lambda _: "batch entry", alive=lambda _: True, place=table.rules.location
+    )
     plans: dict[str, ActivationPlan] = {}
     for name, entry in claimed.items():
         problem = check_rank(entry, name, shapes[name])

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardspec.diagnostics import Diagnostic, Location
+from shardspec.diagnostics import Diagnostic
 from shardspec.infer import absolute, graphs
 from shardspec.layout import Layout
 from shardspec.mesh import Mesh
@@ -42,7 +42,11 @@ def survey(model: Model) -> Survey:
 
 def match_params(table: Table, names: Survey, mesh: Mesh) -> tuple[dict[str, ParamClaim], Sizes, list[Diagnostic]]:
     """Claim every parameter and buffer, and give each its layout."""
-    claimed, found = assign(table.params, names.parameters, total=True, what="parameter")
+
+    def what(name: str) -> str:
+        return "buffer" if names.parameters[name].is_buffer else "parameter"
+
+    claimed, found = assign(table.params, names.parameters, what=what, place=table.rules.location)
     shaped: list[tuple[str, Entry, tuple[int, ...]]] = []
     wrong: dict[Entry, Diagnostic] = {}
     for name, entry in claimed.items():
@@ -109,19 +113,15 @@ def match_points(
         return any(entry.regex.fullmatch(name) for name in absent)
 
     inner = [name for name in shapes if name not in program.entries]
-    claimed, found = assign(table.activations, [*entries, *inner], total=False, what="activation", alive=alive)
-    missing = [name for name in entries if name not in claimed]
-    if missing:
-        found += [
-            Diagnostic(
-                code="SS202",
-                what=f"no rule claims the batch entry {name}",
-                why="every entry of the batch is claimed, so that each rank knows its part",
-                locations=(Location(file=table.rules.origin.file, line=table.rules.origin.line),),
-                advice=(f'add r"{name}": "..." to activations',),
-            )
-            for name in missing
-        ]
+    claimed, found = assign(
+        table.activations,
+        [*entries, *inner],
+        needed=program.entries.__contains__,
+        what=lambda name: "batch entry" if name in program.entries else "activation",
+        alive=alive,
+        shapes={name: shapes[name] for name in entries},
+        place=table.rules.location,
+    )
     for name, entry in list(claimed.items()):
         other = claimed.get(aliases.get(name, name))
         if other is not None and other is not entry:

@@ -12,7 +12,8 @@ from shardspec.batch import Batch, batch_key, check_inputs, entry_plans, global_
 from shardspec.claims import match_params, match_points, survey
 from shardspec.constraints import Constraint
 from shardspec.diagnostics import Diagnostic, ShardingError
-from shardspec.dryrun import dry_run
+from shardspec.dryrun import Difference, dry_run
+from shardspec.explain import attribute_edits, explain_differences
 from shardspec.fixes import Attempt
 from shardspec.hazards import hazards
 from shardspec.mesh import AXES, Mesh
@@ -20,7 +21,7 @@ from shardspec.plan import ActivationPlan, ParamPlan, Plan, UnitPlan
 from shardspec.policy import Policy
 from shardspec.program import Program
 from shardspec.recording import trace
-from shardspec.rules.match import unused_axes
+from shardspec.rules.match import as_pattern, fold, unused_axes
 from shardspec.rules.parse import Table, parse_table
 from shardspec.rules.table import Rules
 from shardspec.stages import Claims, Model, Survey, TypedProgram
@@ -117,7 +118,12 @@ class Compiler:
             typed = typecheck(program, claims, mesh, has_loss=loss is not None)
             settle(attempt.fixed(typed.diagnostics))
             layouts = {name: claim.layout for name, claim in params.items()}
-            settle(dry_run(self.names.model, typed.forward, program, layouts, attributes, inputs, loss, training))
+            differences = dry_run(self.names.model, typed.forward, program, layouts, attributes, inputs, loss, training)
+            found = explain_differences(differences, typed)
+            if found and fix:
+                named = self.named_attributes(differences, claims, mesh, lambda other: attempt.confirm(other, mesh))
+                found = [evolve(found[0], fixes=(named,), advice=()), *found[1:]] if named else found
+            settle(found)
             plan = assemble(typed, self.names, units, attributes, self.policy, has_loss=loss is not None)
         return evolve(plan, legal=lambda world: self.legal_meshes(world, inputs, loss))
 
@@ -192,6 +198,20 @@ class Compiler:
                     claims = Claims(table, params, points, sizes)
                     found = typecheck(program, claims, mesh, has_loss=loss is not None).diagnostics
         return found
+
+    def named_attributes(
+        self, differences: Sequence[Difference], claims: Claims, mesh: Mesh, passes: Callable[[Rules], bool]
+    ) -> str:
+        """An `attributes=` with which a model that keeps global sizes in its modules passes, or nothing."""
+        first = differences[0]
+        modules = dict(self.names.model.named_modules())
+        module = modules.get(first.path)
+        for named in attribute_edits(module, claims, mesh.shape) if module is not None else ():
+            edit = {as_pattern(fold(first.path)): named}
+            if passes(self.rules.override(attributes=edit)):
+                shown = ", ".join(f'"{name}": "{text}"' for name, text in named.items())
+                return f'attributes={{r"{as_pattern(fold(first.path))}": {{{shown}}}}}'
+        return ""
 
     def passes(
         self, rules: Rules, mesh: Mesh, inputs: Batch, loss: Callable[..., Any] | None, training: bool | None

@@ -8,6 +8,7 @@ complete use does, or with the parameter's gradient.
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from attrs import define, field, frozen
 
 from shardspec.infer import Inference, TypedGraph
@@ -273,7 +274,7 @@ def differentiable(typed: TypedGraph, live_inputs: tuple[bool, ...] = ()) -> set
         reached = any(ref.index in live for ref in tensors(node.args) + tensors(node.kwargs))
         if not reached and node.op != "block":
             continue
-        outs = [index for index in node.outputs if index is not None and graph.values[index].dtype.is_floating_point]
+        outs = [index for index in node.outputs if index is not None and _carries_gradient(graph.values[index].dtype)]
         if node.op == "block":
             inner = typed.calls.get(position)
             if inner is None:
@@ -283,3 +284,7 @@ def differentiable(typed: TypedGraph, live_inputs: tuple[bool, ...] = ()) -> set
         live.update(outs)
     typed.live[live_inputs] = live
     return live
+
+
+def _carries_gradient(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex

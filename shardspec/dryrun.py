@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from attrs import define
+from attrs import define, evolve, frozen
 from torch import nn
 
-from shardspec.diagnostics import Diagnostic
+from shardspec.diagnostics import Location
 from shardspec.infer import TypedGraph, absolute
 from shardspec.layout import Layout
 from shardspec.nests import distinct, tensor_leaves
@@ -48,6 +48,23 @@ class _Pair:
     fqn: str
     ended: bool = False
     """False where the local run broke off inside."""
+
+
+@frozen(eq=False)
+class Difference:
+    """A place where the local program is not the image of the typed one."""
+
+    typed: TypedGraph
+    position: int | None
+    """The node of the typed graph that has no image; None at the end of the program."""
+    path: str
+    """The module whose forward runs."""
+    what: str
+    """`<value 3>` stands for the name of the typed graph's value 3."""
+    why: str = ""
+    locations: tuple[Location, ...] = ()
+    code: str = "SS309"
+    advice: str = "take sizes from the tensors at hand, or name the attribute that holds a global size in attributes="
 
 
 class Replayer(Tracer):
@@ -196,8 +213,8 @@ def dry_run(
     inputs: Mapping[str, Any],
     loss_fn: Callable[..., Any] | None,
     training: bool | None = None,
-) -> list[Diagnostic]:
-    """SS309 for each place where the local program is not the image of the typed one."""
+) -> list[Difference]:
+    """Each place where the local program is not the image of the typed one."""
     local = local_twin(model, layouts, attributes)
     if training is not None:
         local.train(training)
@@ -216,13 +233,13 @@ def dry_run(
         run(tracer, local, batch, loss_fn)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, HostRead) as error:
         found = _compare_all(tracer)
-        return found or [_crash(error, tracer.failed)]
+        return found or [_crash(error, tracer)]
     tracer.pairs[0].ended = True
-    return _compare_all(tracer) or list(_compare_loss(program, image) if loss_fn is not None else ())
+    return _compare_all(tracer) or list(_compare_loss(typed, program, image) if loss_fn is not None else ())
 
 
-def _compare_all(tracer: Replayer) -> list[Diagnostic]:
-    found: list[Diagnostic] = []
+def _compare_all(tracer: Replayer) -> list[Difference]:
+    found: list[Difference] = []
     for pair in tracer.pairs:
         first = next(_compare(pair), None)
         if first is not None:
@@ -230,13 +247,17 @@ def _compare_all(tracer: Replayer) -> list[Diagnostic]:
     return found
 
 
-def _crash(error: Exception, path: str) -> Diagnostic:
-    return Diagnostic(
-        code="SS309",
-        what=f"{path or 'the model'} fails on a rank's local shapes",
-        why=str(error).splitlines()[0] if str(error) else type(error).__name__,
-        locations=user_frame(error),
-        advice=("take sizes from the tensors at hand, or name the attribute that holds a global size in attributes=",),
+def _crash(error: Exception, tracer: Replayer) -> Difference:
+    """The operation that failed is the first that the innermost graph did not come to."""
+    pair = [pair for pair in tracer.pairs if not pair.ended][-1]
+    whole, part = _effective(pair.typed.graph)[0], _effective(pair.local)[0]
+    return Difference(
+        pair.typed,
+        whole[len(part)][0] if len(part) < len(whole) else None,
+        tracer.failed,
+        f"{tracer.failed or 'the model'} fails on a rank's local shapes",
+        str(error).splitlines()[0] if str(error) else type(error).__name__,
+        user_frame(error),
     )
 
 
@@ -253,7 +274,7 @@ def _effective(graph: Graph) -> tuple[list[tuple[int, Node]], dict[int, int]]:
     return kept, names
 
 
-def _compare(pair: _Pair) -> Iterator[Diagnostic]:
+def _compare(pair: _Pair) -> Iterator[Difference]:
     whole, whole_names = _effective(pair.typed.graph)
     part, part_names = _effective(pair.local)
     image = dict(zip(pair.typed.graph.inputs, pair.local.inputs, strict=False))
@@ -265,52 +286,62 @@ def _compare(pair: _Pair) -> Iterator[Diagnostic]:
     for (position, node), (_, other) in zip(whole, part, strict=False):
         problem = _differs(pair, position, node, other, image, whole_names, part_names)
         if problem:
-            yield _mismatch(pair, node, other, problem)
+            yield _mismatch(pair, position, other, problem)
             return
         both = zip(node.outputs, other.outputs, strict=False)
         image.update((one, two) for one, two in both if one is not None and two is not None)
     if not pair.ended:
         return
     if len(whole) != len(part):
-        extra = whole[len(part)][1] if len(whole) > len(part) else part[len(whole)][1]
-        who = "whole" if len(whole) > len(part) else "local"
-        yield _mismatch(pair, extra, extra, f"only the {who} program runs {extra.op} here")
+        if len(whole) > len(part):
+            position, extra = whole[len(part)]
+            yield _mismatch(pair, position, extra, f"only the whole runs {extra.op} here")
+        else:
+            extra = part[len(whole)][1]
+            yield _mismatch(pair, None, extra, f"it runs {extra.op} where the whole has ended")
         return
     for one, two in zip(pair.typed.graph.outputs, pair.local.outputs, strict=False):
         index, found = whole_names.get(one, one), part_names.get(two, two)
         if image.setdefault(index, found) != found:
-            last = part[-1][1]
-            yield _mismatch(pair, last, last, "it returns another value than the whole does")
+            yield _mismatch(pair, whole[-1][0], part[-1][1], "it returns another value than the whole does")
             return
 
 
-def _compare_loss(program: Program, image: Program) -> Iterator[Diagnostic]:
+def _compare_loss(typed: TypedGraph, program: Program, image: Program) -> Iterator[Difference]:
     """SS310 for a loss or a weight that is a Python number and depends on a rank's part of the batch."""
     whole, part = program.result, image.result
     if not (isinstance(whole, (tuple, list)) and isinstance(part, (tuple, list))):
         return
-    location = (image.nodes[-1].location,) if image.nodes else ()
     for what, one, two in zip(("sum", "weight"), whole, part, strict=False):
         if isinstance(one, (int, float)) and one != two:
-            yield Diagnostic(
+            yield Difference(
+                typed,
+                None,
+                "loss",
+                f"the loss's {what} is {one} on the whole batch and {two} on a rank's part",
+                "a Python number is taken as it is, on every rank alike; only tensors are summed over ranks",
+                tuple(node.location for node in image.nodes[-1:]),
                 code="SS310",
-                what=f"the loss's {what} is {one} on the whole batch and {two} on a rank's part",
-                why="a Python number is taken as it is, on every rank alike; only tensors are summed over ranks",
-                locations=location,
-                advice=("count with a tensor: (labels != -100).sum()",),
+                advice="count with a tensor: (labels != -100).sum()",
             )
 
 
-def _mismatch(pair: _Pair, node: Node, other: Node, problem: str) -> Diagnostic:
-    path = absolute(pair.fqn, node.path) or "the model"
-    return Diagnostic(
-        code="SS309",
-        what=f"{path} does not compute its part on a rank: {problem.splitlines()[0]}",
-        why="\n".join(problem.splitlines()[1:])
-        or "run on local shapes, forward must do what it does on the whole, part by part",
-        locations=(other.location,),
-        advice=("take sizes from the tensors at hand, or name the attribute that holds a global size in attributes=",),
+def _mismatch(pair: _Pair, position: int | None, other: Node, problem: str) -> Difference:
+    path = absolute(pair.fqn, other.path)
+    what, *why = problem.splitlines()
+    found = Difference(
+        pair.typed,
+        position,
+        path,
+        f"{path or 'the model'} does not compute its part on a rank: {what}",
+        "\n".join(why) or "a branch or a loop of the model hangs on a local size",
+        (other.location,),
     )
+    return evolve(found, advice=GLOBAL) if why == [LOCAL] else found
+
+
+LOCAL = "the number comes from a local size, and stands for the whole one"
+GLOBAL = "keep the whole size in an attribute of the module, or use an operator that needs none, such as mean"
 
 
 def _differs(
@@ -344,7 +375,7 @@ def _differs(
             return problem
         read = typed.consumed.get(position)
         if read is not None:
-            problem = _shape_problem(read[number], local.values[two.index].shape, f"operand {number} of {node.op}")
+            problem = _shape_problem(read[number], local.values[two.index].shape, f"<value {one.index}>")
             if problem:
                 return problem
     if len(node.outputs) != len(other.outputs):
@@ -371,10 +402,7 @@ def _constant_problem(whole: Value, part: Value) -> str:
     one, two = (
         f"{item.item()!r}" if item.numel() == 1 else f"of shape {tuple(item.shape)}" for item in (whole.data, part.data)
     )
-    return (
-        f"a constant is {two} on a rank and {one} on the whole\n"
-        "the number was taken from a local size, or should have been"
-    )
+    return f"a constant is {two} on a rank and {one} on the whole\n{LOCAL}"
 
 
 def _shape_problem(kind: Type, shape: tuple[int, ...], what: str) -> str:
@@ -395,11 +423,22 @@ def _argument_problem(pair: _Pair, position: int, node: Node, other: Node) -> st
         if node.op in SHAPED and name in LENGTHS:
             continue
         wanted = expected.get(name, value)
-        if name == "start" and node.op == "slice" and wanted == (value or 0) and theirs.get(name) in (None, 0, wanted):
+        if name == "start" and node.op in ("slice", "narrow") and _start(pair.local, other, theirs) == (wanted or 0):
             continue
         if theirs.get(name) != wanted:
+            if wanted == value:
+                found = f"{name}={theirs.get(name)!r} on a rank and {value!r} on the whole"
+                return f"{node.op} is called with {found}\n{LOCAL}"
             return (
                 f"{node.op} is called with {name}={theirs.get(name)!r}, and the rank's part needs {wanted!r}\n"
-                f"on the whole it is called with {value!r}: the number was taken from a local size, or should have been"
+                f"on the whole it is called with {value!r}: the number should be taken from a local size"
             )
     return ""
+
+
+def _start(local: Graph, node: Node, named: Mapping[str, Any]) -> int:
+    """Where a slice begins on a rank, counted from the front."""
+    shape = local.values[tensors(node.args)[0].index].shape
+    length = shape[int(named.get("dim") or 0)]
+    start = int(named.get("start") or 0)
+    return max(0, start + length) if start < 0 else min(start, length)

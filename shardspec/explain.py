@@ -1,11 +1,12 @@
 """Turn refusals and conflicts into diagnostics: rule, model line, reason, and edits worth trying."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from attrs import evolve
 
 from shardspec.cotangent import Conflict
 from shardspec.diagnostics import Diagnostic, Location
+from shardspec.dryrun import Difference
 from shardspec.infer import (
     Inference,
     Issue,
@@ -18,12 +19,13 @@ from shardspec.infer import (
     spec_text,
 )
 from shardspec.layout import Layout, canonical
-from shardspec.mesh import AXES
-from shardspec.program import Node, tensors
+from shardspec.mesh import AXES, BATCH_AXES
+from shardspec.program import Node, Ref, tensors
 from shardspec.rules.match import as_pattern, fold
 from shardspec.rules.parse import STORAGE_AXES, Entry, MeshEdit, RuleEdit, change
 from shardspec.spec import Dim, Factor, Spec
-from shardspec.stages import Claims
+from shardspec.stages import Claims, TypedProgram
+from shardspec.twin import MODULE_STATE
 
 MOST_HINTS = 8
 """Edits tried for one mistake."""
@@ -346,6 +348,83 @@ def _declare(conflict: Conflict, at: int, inference: Inference, claims: Claims) 
     kind = typed.types[source]
     text = declared_as(kind.layout, graph.values[source].shape, claims, inference, conflict.axis) if kind else None
     return add_point(absolute(conflict.fqn, graph.nodes[at].func[0]), text) if text else None
+
+
+def explain_differences(differences: Iterable[Difference], typed: TypedProgram) -> list[Diagnostic]:
+    """A diagnostic for each place where a rank's program is not the image of the whole one."""
+    found: dict[object, Diagnostic] = {}
+    for each in differences:
+        inference = typed.inference
+        frames = frames_to([(typed.forward, 0)], each.typed, each.position or 0)
+        key = (each.locations, fold(each.path))
+        if key not in found:
+            found[key] = Diagnostic(
+                code=each.code,
+                what=inference.named(frames, each.what),
+                why=inference.named(frames, each.why),
+                locations=(*each.locations, *_rules_behind(inference, frames, each.position)),
+                matches=_blocks(fold(each.path), inference.blocks_like(each.typed)),
+                advice=(each.advice,),
+            )
+    return list(found.values())
+
+
+def frames_to(frames: list[tuple[TypedGraph, int]], target: TypedGraph, position: int) -> list[tuple[TypedGraph, int]]:
+    """The frames that lead to a place in a graph, from the outermost on; none where it is not called."""
+    outer = frames[-1][0]
+    if outer is target:
+        return [*frames[:-1], (outer, position)]
+    for at, inner in outer.calls.items():
+        found = frames_to([*frames[:-1], (outer, at), (inner, 0)], target, position)
+        if found:
+            return found
+    return []
+
+
+def _rules_behind(
+    inference: Inference, frames: Sequence[tuple[TypedGraph, int]], position: int | None
+) -> tuple[Location, ...]:
+    """The rules that split what an operation of a line reads; those that split the batch where there are no others."""
+    typed = frames[-1][0]
+    nodes = typed.graph.nodes
+    same = [] if position is None else [n for n in nodes[position : position + 4] if n.line == nodes[position].line]
+    refs = next((refs for node in same if (refs := _split_operands(typed, node))), [])
+    kinds = [kind for ref in refs if (kind := typed.types[ref.index]) is not None]
+    axes = dict.fromkeys(axis for kind in kinds for axis in kind.layout.sharded)
+    chosen = [axis for axis in axes if axis not in BATCH_AXES] or list(axes)
+    stops = [
+        stop
+        for ref in refs
+        for axis in chosen
+        for stop in inference.trail(frames, ref.index, axis)
+        if stop.carries(axis)
+    ]
+    return tuple(dict.fromkeys(stop.entry.location for stop in stops if stop.entry is not None))[:3]
+
+
+def _split_operands(typed: TypedGraph, node: Node) -> list[Ref]:
+    """The tensors that an operation reads and that are split, where there are any."""
+    kinds = [(ref, typed.types[ref.index]) for ref in tensors(node.args) + tensors(node.kwargs)]
+    return [ref for ref, kind in kinds if kind is not None and kind.layout.sharded]
+
+
+def attribute_edits(module: object, claims: Claims, degrees: Mapping[str, int]) -> Iterator[dict[str, str]]:
+    """Attributes of a module that hold the size of a factor that is split: all of them first, then all but one."""
+    split: dict[int, str] = {}
+    for entry in (*claims.table.params, *claims.table.activations):
+        for dim in entry.spec.dims:
+            for factor in dim.factors:
+                axes = tuple(axis for axis in factor.axes if axis not in (*STORAGE_AXES, *BATCH_AXES))
+                size = claims.sizes.known.get(factor.name)
+                if size is not None and any(axis in degrees for axis in axes):
+                    mark = axes[0] if len(axes) == 1 else f"({','.join(axes)})"
+                    split.setdefault(size, f"{factor.name}@{mark}")
+    held = {name: value for name, value in vars(module).items() if type(value) is int and name not in MODULE_STATE}
+    named = {name: split[value] for name, value in held.items() if value in split}
+    if named:
+        yield named
+    for name in named if len(named) > 1 else ():
+        yield {other: text for other, text in named.items() if other != name}
 
 
 def users(typed: TypedGraph, outputs: Sequence[int | None]) -> list[int]:

@@ -157,7 +157,8 @@ def crossing(frame: Frame, position: int, gathered: set[str]) -> str:
     """What a point does that a write behind it must not follow, or nothing."""
     typed, node = frame.typed, frame.typed.graph.nodes[position]
     step, source = typed.transitions.get(position), node.args[0].index
-    name = absolute(typed.fqn, typed.names.get(position, node.func[0]))
+    relative = typed.names.get(position) or str(node.func[0])
+    name = absolute(typed.fqn, relative)
     module, colon, _ = name.partition(":")
     if colon and module in gathered:
         return f"an input of {module}, which fully_shard hands on as a view"

@@ -267,17 +267,16 @@ class Inference:
     ) -> None:
         frames = [*self.stack, (typed, position)]
 
-        def named(text: str) -> str:
-            return VALUE.sub(lambda match: self.describe(frames, int(match.group(1))), text)
-
-        refusal.what, refusal.why = named(refusal.what), named(refusal.why)
+        refusal.what, refusal.why = self.named(frames, refusal.what), self.named(frames, refusal.why)
         chosen = dict.fromkeys(refusal.operands or range(len(refs)))
         trails = (
-            tuple(self.trail(typed, position, refs[operand].index, fqn, refusal.axis))
-            for operand in chosen
-            if operand < len(refs)
+            tuple(self.trail(frames, refs[operand].index, refusal.axis)) for operand in chosen if operand < len(refs)
         )
         self.issues.append(Issue(typed, position, fqn, refusal, tuple(trails)))
+
+    def named(self, frames: Sequence[tuple[TypedGraph, int]], text: str) -> str:
+        """A text with the names of values in place of what stands for them."""
+        return VALUE.sub(lambda match: self.describe(frames, int(match.group(1))), text)
 
     def describe(self, frames: Sequence[tuple[TypedGraph, int]], index: int) -> str:
         """A value as a reader knows it: by its name, or by what was done to the nearest thing that has one."""
@@ -312,16 +311,15 @@ class Inference:
             index = sources[0].index
         return " after ".join(["a constant" if not done else "a value", *_listed(done)])
 
-    def trail(self, typed: TypedGraph, position: int, index: int, fqn: str, axis: str) -> Iterator[Stop]:
-        """The points and parameters that a value came through, nearest first."""
-        frames = [*self.stack, (typed, position)]
-        yield from self._trail(frames, index, fqn, set(), axis)
+    def trail(self, frames: Sequence[tuple[TypedGraph, int]], index: int, axis: str) -> Iterator[Stop]:
+        """The points and parameters that a value of the innermost frame came through, nearest first."""
+        yield from self._trail(frames, index, set(), axis)
 
     def _trail(
-        self, frames: list[tuple[TypedGraph, int]], index: int, fqn: str, seen: set[tuple[int, int]], axis: str
+        self, frames: Sequence[tuple[TypedGraph, int]], index: int, seen: set[tuple[int, int]], axis: str
     ) -> Iterator[Stop]:
         typed, _ = frames[-1]
-        graph = typed.graph
+        graph, fqn = typed.graph, typed.fqn
         if (id(typed), index) in seen or len(seen) > MOST_STEPS:
             return
         seen.add((id(typed), index))
@@ -337,7 +335,7 @@ class Inference:
         if index in graph.inputs and len(frames) > 1:
             outer, position = frames[-2]
             source = outer.graph.nodes[position].args[graph.inputs.index(index)].index
-            yield from self._trail(frames[:-1], source, outer.fqn, seen, axis)
+            yield from self._trail(frames[:-1], source, seen, axis)
             return
         node_at = producer(graph, index)
         if node_at is None:
@@ -355,7 +353,7 @@ class Inference:
             # The sum over the axis begins here: what came before is not the matter, the parameter is.
             refs = [ref for ref in refs if graph.values[ref.index].kind == "param"] or refs
         for ref in refs:
-            yield from self._trail(frames, ref.index, fqn, seen, axis)
+            yield from self._trail(frames, ref.index, seen, axis)
 
 
 VALUE = re.compile(r"<value (\d+)>")

@@ -115,7 +115,8 @@ def check_storage(
     seen: set[tuple[str, str]] = set()
     for name, plan in params.items():
         entry = claims.params[name].entry
-        if plan.buffer and plan.storage:
+        if plan.buffer and plan.storage and (plan.rule, "") not in seen:
+            seen.add((plan.rule, ""))
             yield Diagnostic(
                 code="SS209",
                 what=f"the buffer {name} is stored over {plan.storage[0]}",
@@ -173,19 +174,13 @@ def point_collectives(typed: TypedProgram, again: tuple[str, ...]) -> Iterator[C
                         )
 
 
-SAVES_NOTHING = {"point", "block", "add", "sub", "neg", "cat", "stack", "chunk", "split", "clone", "to", "contiguous"}
-SAVES_NOTHING |= {
-    "view",
-    "reshape",
-    "flatten",
-    "transpose",
-    "permute",
-    "expand",
-    "slice",
-    "select",
-    "squeeze",
-    "unsqueeze",
-}
+POINT_LIKE = frozenset(
+    {"point", "block", "add", "sub", "neg", "cat", "stack", "chunk", "split", "clone", "to", "contiguous"}
+)
+MOVES_ONLY = frozenset(
+    ["view", "reshape", "flatten", "transpose", "permute", "expand", "slice", "select", "squeeze", "unsqueeze"]
+)
+SAVES_NOTHING = POINT_LIKE | MOVES_ONLY
 """Operators whose backward needs no tensor of the forward."""
 
 
@@ -200,7 +195,8 @@ def run_again(typed: TypedProgram, again: tuple[str, ...]) -> set[str]:
     for fqn, graph, position in reversed(list(in_sequence(typed.forward, "")) if again else []):
         node = graph.graph.nodes[position]
         is_point = node.op == "point"
-        place = absolute(fqn, graph.names.get(position, node.func[0]) if is_point else node.path)
+        name = (graph.names.get(position) or str(node.func[0])) if is_point else node.path
+        place = absolute(fqn, name)
         inside = [module for module in again if place.startswith(f"{module}.") or (place == module and not is_point)]
         if node.op not in SAVES_NOTHING and not is_idle(node):
             ended.update(inside)
@@ -324,18 +320,18 @@ def substitutions(typed: TypedProgram) -> Iterator[Substitution]:
 def substitution(graph: TypedGraph, position: int, path: str, ordinal: int) -> Substitution:
     """How one call runs on a rank."""
     node = graph.graph.nodes[position]
-    common = {"path": path, "function": node.op, "ordinal": ordinal}
+    plain = Substitution(path=path, function=node.op, ordinal=ordinal)
     if position not in graph.lowering:
-        return Substitution(**common, inert=True)
+        return evolve(plain, inert=True)
     first = graph.consumed[position][0].layout
     if node.op == "dropout":
-        return Substitution(**common, layout=first)
+        return evolve(plain, layout=first)
     if node.op == "scaled_dot_product_attention":
         keys = graph.consumed[position][1].layout
-        return Substitution(**common, layout=Layout((*first.dims[:-1], keys.dims[-2])))
+        return evolve(plain, layout=Layout((*first.dims[:-1], keys.dims[-2])))
     shape = graph.graph.values[tensors(node.args)[0].index].shape
     dim = 0 if node.op == "embedding" else len(shape) - 1
-    return Substitution(**common, axes=dim_axes(first.dims[dim]), size=shape[dim])
+    return evolve(plain, axes=dim_axes(first.dims[dim]), size=shape[dim])
 
 
 def substitution_collectives(typed: TypedProgram) -> Iterator[Collective]:

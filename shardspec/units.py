@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from shardspec.diagnostics import Diagnostic, Location
+from shardspec.diagnostics import Diagnostic
 from shardspec.plan import UnitPlan
 from shardspec.rules.table import Rules
 from shardspec.spec import SpecError, parse
@@ -53,7 +53,7 @@ def _twice(rules: Rules, name: str, one: str, two: str) -> Diagnostic:
         code="SS204",
         what=f"two units claim the module {name}",
         why=f"{one} and {two}; a module is gathered with one unit",
-        locations=(Location(file=rules.origin.file, line=rules.origin.line),),
+        locations=(rules.line_of(two),),
     )
 
 
@@ -135,8 +135,13 @@ def resolve_attributes(
                             what=f"{attribute}={value} cannot be split over {' x '.join(axes)}={share}",
                             why=f"{share} does not divide {value} ({name})",
                             locations=(rules.line_of(pattern),),
+                            advice=(f"{axes[0]} in {{{_divisors(value)}}}",) if len(axes) == 1 else (),
                         )
                     )
                     break
                 local.setdefault(name, {})[attribute] = value // share
     return local, found
+
+
+def _divisors(value: int) -> str:
+    return ", ".join(str(n) for n in range(1, value + 1) if value % n == 0)

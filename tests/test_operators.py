@@ -3,7 +3,7 @@
 import functools
 import os
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from random import Random
 from typing import Any
@@ -36,7 +36,7 @@ from shardspec.testing.bruteforce import Verdict, verify_operator
 from tests.strategies import a_dim, a_layout, a_mesh, merge, primes
 
 aten = torch.ops.aten
-TRIALS = int(os.environ.get("SHARDSPEC_TRIALS", "40"))
+TRIALS = int(os.environ.get("SHARDSPEC_TRIALS", "30"))
 TALLY: dict[str, tuple[int, int]] = {}
 
 
@@ -287,6 +287,15 @@ VIEWS = [
         "b s h e, s e",
         with_sizes(lambda x, f, n: torch.stack([x * f[:, None], x * f.sin()[:, None]], -1).flatten(3)),
     ),
+    case(
+        "complex rope",
+        "b s h e, s e",
+        plain(
+            lambda x, f: torch.view_as_real(
+                torch.view_as_complex(torch.stack([x, -x], -1)) * torch.polar(torch.ones_like(f), f)[:, None]
+            ).flatten(3)
+        ),
+    ),
     case("roll", "b s", plain(lambda x: x.roll(1, -1))),
     case("flip", "b s d", plain(lambda x: x.flip(1))),
     case("tril", "b s! t!", plain(torch.tril)),
@@ -296,6 +305,8 @@ VIEWS = [
 INDEXING = [
     case("embedding", "v d, b s", plain(lambda w, i: F.embedding(i, w)), " v"),
     case("embedding and its sum", "v d, b", plain(lambda w, i: F.embedding(i, w).sum(0)), " v"),
+    case("embedding with padding", "v d, b s", plain(lambda w, i: F.embedding(i, w, padding_idx=1)), " v"),
+    case("embedding by frequency", "v d, b", plain(lambda w, i: F.embedding(i, w, scale_grad_by_freq=True)), " v"),
     case("index by rows", "v! d, b", plain(lambda x, i: x[i]), " v"),
     case("index by many rows", "v! d, b s", plain(lambda x, i: x[i]), " v"),
     case("index a middle dim", "b v d, s", plain(lambda x, i: x[:, i]), " v"),
@@ -306,6 +317,8 @@ INDEXING = [
     case("gather of a shorter", "b v", with_sizes(lambda x, n: x.gather(0, torch.zeros(1, n.v, dtype=torch.long)))),
     case("gather one a row", "b v, b 1", plain(lambda x, i: x.gather(-1, i)), " v"),
     case("take along", "b v!, b s!", plain(lambda x, i: torch.take_along_dim(x, i, 1)), " v"),
+    case("take along a broadcast", "b v!, 1 s!", plain(lambda x, i: torch.take_along_dim(x, i, 1)), " v"),
+    case("take along, broadcast", "1 v!, b s!", plain(lambda x, i: torch.take_along_dim(x, i, 1)), " v"),
     case("index select", "b v, s", plain(lambda x, i: x.index_select(1, i)), " v"),
     case("zeros like", "b d, b d", plain(lambda x, y: torch.zeros_like(x) + y)),
     case("ones like", "b d", plain(torch.ones_like)),
@@ -348,7 +361,22 @@ INDEXING = [
     ),
 ]
 
+CONVOLUTIONS = [
+    case("conv1d", "b i x!, o i k!", plain(lambda x, w: F.conv1d(x, w, padding=9))),
+    case("conv2d", "b i x! y!, o i, o", plain(lambda x, w, c: F.conv2d(x, w[..., None, None], c))),
+    case("conv2d of one image", "i x! y!, o i 1 1", plain(F.conv2d)),
+    case("conv2d with a stride", "b i x! y!, o i 1 1", plain(lambda x, w: F.conv2d(x, w, stride=2))),
+    case("conv2d of groups", "b g! x! y!, g! 1 1 1", with_sizes(lambda x, w, n: F.conv2d(x, w, groups=n.g))),
+    case("transposed conv1d", "b i x!, i o k!", plain(F.conv_transpose1d)),
+    case("average pool", "b i x! y!", plain(lambda x: F.avg_pool2d(x, 2))),
+    case("adaptive average pool", "b i x! y!", plain(lambda x: F.adaptive_avg_pool2d(x, 1))),
+    case("max pool", "b i x!", plain(lambda x: F.max_pool1d(x, 2))),
+]
+
 ATTENTION = [
+    case("attention that broadcasts queries", "1 h s! e!, b h t! e!, b h t! e!", plain(attend)),
+    case("attention that broadcasts keys", "b h s! e!, 1 h t! e!, 1 h t! e!", plain(attend)),
+    case("attention of many to one head", "b h s! e!, b 1 t! e!, b 1 t! e!", plain(attend)),
     case("attention", "b h s! e!, b h t! e!, b h t! e!", plain(attend)),
     case(
         "causal attention",
@@ -401,7 +429,7 @@ ATTENTION = [
     ),
 ]
 
-CASES = POINTWISE + REDUCTIONS + CONTRACTIONS + VIEWS + INDEXING + ATTENTION
+CASES = POINTWISE + REDUCTIONS + CONTRACTIONS + VIEWS + INDEXING + CONVOLUTIONS + ATTENTION
 
 
 def _halves(size: int) -> tuple[int, int]:
@@ -410,6 +438,15 @@ def _halves(size: int) -> tuple[int, int]:
 
 
 # Trials
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors this small are slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @frozen
@@ -572,7 +609,7 @@ def slice_at_the_global_start(call: Call) -> Typed:
 
 def cat_of_parts(call: Call) -> Typed:
     """Parts of each laid side by side are not the parts of the whole."""
-    names: list[list[Label]] = [[*labels[:-1], operand] for operand, labels in enumerate(dims_only(call))]
+    names = dims_only(call)
     typed = unify(call, names, [[*names[0][:-1], "joined"]], out_sizes={"joined": 1})
     last = [kind.layout.dims[-1] for kind in call.types]
     axes = [digit for digit in last[0] if isinstance(digit, str)]

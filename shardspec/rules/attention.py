@@ -24,7 +24,9 @@ def attention(call: Call) -> Typed:
         ends = [None if mask[-2] == 1 else "L", None if mask[-1] == 1 else "S"]
         lead = names[0][max(0, len(names[0]) - len(mask) + 2) :] if len(mask) > 2 else []
         labels.append([*(None if size == 1 else label for size, label in zip(mask[:-2], lead, strict=True)), *ends])
-    typed = unify(call, labels, [[*names[0], "L", "Ev"]], whole=["L", "S", "E"])
+    # Where the queries are of one batch and the keys of several, the result is of several.
+    batch = max(names, key=lambda labels: sum(label is not None for label in labels))
+    typed = unify(call, labels, [[*batch, "L", "Ev"]], whole=["L", "S", "E"])
     if call.named.get("dropout_p"):
         typed.lowering = "attention"
     if grouped:

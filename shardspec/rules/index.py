@@ -72,20 +72,17 @@ def index(call: Call) -> Typed:
 
 @rule(aten.gather.default, aten.take_along_dim.default)
 def gather(call: Call) -> Typed:
-    """out[i][j] = x[index[i][j]][j]: the dim must be whole, the others alike."""
-    shape, wanted = call.shape(0), call.shape(1)
+    """out[i][j] = x[index[i][j]][j]: of x the dim must be whole; the other dims are alike, or broadcast."""
+    shape, wanted, made = call.shape(0), call.shape(1), call.out().shape
     dim = int(call.named["dim"]) % len(shape)
-    names: list[Label] = [
-        index if index != dim and shape[index] == wanted[index] else ("x", index) for index in range(len(shape))
-    ]
-    out: list[Label] = list(range(len(shape)))
-    return unify(
-        call,
-        [names, out],
-        [out],
-        linear=FIRST,
-        whole=[name for name in names if isinstance(name, tuple)] + [dim],
-    )
+    names: list[Label] = [("x", index) for index in range(len(shape))]
+    picks: list[Label] = list(range(len(shape)))
+    for index in set(range(len(shape))) - {dim}:
+        if made[index] == max(shape[index], wanted[index]):
+            names[index] = None if shape[index] < made[index] else index
+            picks[index] = None if wanted[index] < made[index] else index
+    whole = [name for name in names if isinstance(name, tuple)]
+    return unify(call, [names, picks], [list(range(len(shape)))], linear=FIRST, whole=whole)
 
 
 @rule(aten.index_select.default)

@@ -1,12 +1,14 @@
 """Match a table's patterns against names, two-way and total."""
 
 import difflib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from shardspec.diagnostics import Diagnostic, Location
 from shardspec.mesh import BATCH_AXES, Mesh
-from shardspec.rules.parse import Entry, Table
+from shardspec.rules.parse import Entry, RuleEdit, Table
+from shardspec.spec import P
 
 
 def fold(name: str) -> str:
@@ -31,16 +33,20 @@ def assign(
     entries: Sequence[Entry],
     names: Iterable[str],
     *,
-    total: bool,
-    what: str,
+    needed: Callable[[str], bool] = lambda _: True,
+    what: Callable[[str], str],
     alive: Callable[[Entry], bool] = lambda _: False,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    place: Location | None = None,
 ) -> tuple[dict[str, Entry], list[Diagnostic]]:
     """Match names to entries.
 
     Args:
-        total: every name must be claimed.
-        what: how a message calls a name.
+        needed: names that must be claimed.
+        what: how a message calls a name: "parameter", "batch entry".
         alive: entries that may claim none of the names.
+        shapes: of the names, where they are known: what a rule of another name might say is then tried.
+        place: where the table is made.
 
     Returns:
         name -> entry, and SS202 (unclaimed), SS203 (dead rule), SS204 (overlap).
@@ -57,24 +63,47 @@ def assign(
             overlaps.setdefault(tuple(hits), []).append(name)
         elif hits:
             claimed[name] = entries[hits[0]]
-        elif total:
+        elif needed(name):
             unclaimed.append(name)
     dead = [entry for index, entry in enumerate(entries) if index not in used and not alive(entry)]
     found = list(_overlaps(entries, overlaps, what))
-    found += _unclaimed(unclaimed, dead, names, what)
+    lost = folded(unclaimed)
+    for template in list(lost):
+        entry = _meant(template, lost[template], dead)
+        if entry is not None:
+            dead.remove(entry)
+            found.append(_misspelt(entry, template, lost.pop(template), names, what))
+    if lost:
+        found.append(_unclaimed(lost, what, _like(lost, claimed, shapes or {}), place))
+    free = [name for name in names if name not in claimed]
+    found += [_dead(entry, names, free) for entry in dead]
     return claimed, found
 
 
 def _overlaps(
-    entries: Sequence[Entry], overlaps: Mapping[tuple[int, ...], list[str]], what: str
+    entries: Sequence[Entry], overlaps: Mapping[tuple[int, ...], list[str]], what: Callable[[str], str]
 ) -> Iterator[Diagnostic]:
+    """One message for rules that overlap, directly or through others."""
+    groups: list[tuple[set[int], list[str]]] = []
     for hits, names in overlaps.items():
+        touching = [group for group in groups if group[0] & set(hits)]
+        rest = [group for group in groups if not group[0] & set(hits)]
+        merged = set(hits).union(*(group[0] for group in touching))
+        groups = [*rest, (merged, [name for group in touching for name in group[1]] + names)]
+    for hits, names in groups:
+        together = [entries[index] for index in sorted(hits)]
+        several = f"{len(names)} names, {names[0]} first" if len(names) > 1 else names[0]
         yield Diagnostic(
             code="SS204",
-            what=f"{len(hits)} rules claim {what} {names[0]}",
+            what=f"2 rules claim {what(names[0])} {names[0]}"
+            if len(together) == 2
+            else f"{len(together)} rules overlap: more than one claims {what(names[0])} {names[0]}",
             why="a name belongs to one rule; there is no order among rules",
-            locations=tuple(entries[index].location for index in hits),
-            matches=_count(names),
+            locations=tuple(entry.location for entry in together),
+            matches=several,
+            hints=tuple(
+                RuleEdit(f'drop r"{entry.rule.pattern}"', drop=(entry.rule.pattern,)) for entry in reversed(together)
+            ),
         )
 
 
@@ -82,48 +111,94 @@ def _count(names: Sequence[str]) -> str:
     return f"{fold(names[0])} ({len(names)} names)" if len(names) > 1 else names[0]
 
 
-def _unclaimed(unclaimed: Sequence[str], dead: list[Entry], names: Sequence[str], what: str) -> Iterator[Diagnostic]:
-    """One message for a dead rule and the names that it was meant for, where the two look alike."""
-    groups = folded(unclaimed)
-    left = list(dead)
-    for template, missed in groups.items():
+def _meant(template: str, missed: Sequence[str], dead: Sequence[Entry]) -> Entry | None:
+    """The dead rule that was meant for names: one that reads alike, or that the names begin with."""
+    return _nearest(as_pattern(template), dead) or next((entry for entry in dead if entry.regex.match(missed[0])), None)
+
+
+def _misspelt(
+    entry: Entry, template: str, missed: Sequence[str], names: Sequence[str], what: Callable[[str], str]
+) -> Diagnostic:
+    """SS203 for a dead rule together with the names that it was meant for."""
+    pattern = as_pattern(template)
+    begins = entry.regex.match(missed[0]) is not None
+    renamed = {pattern: entry.rule.value}
+    params, activations = (renamed, {}) if entry.rule.kind == "params" else ({}, renamed)
+    return Diagnostic(
+        code="SS203",
+        what=f"the rule matches nothing, and no rule claims {what(missed[0])} {template}",
+        why=(
+            f"a pattern is matched whole, and {_count(missed)} goes on after it"
+            if begins
+            else f"{len(names)} names were tried; the nearest are {_count(missed)}"
+        ),
+        locations=(entry.location,),
+        advice=(f'did you mean r"{pattern}"?',),
+        hints=(RuleEdit(f'r"{pattern}": "{entry.rule.value}"', params, activations, (entry.rule.pattern,)),),
+    )
+
+
+def _like(
+    lost: Mapping[str, list[str]], claimed: Mapping[str, Entry], shapes: Mapping[str, Sequence[int]]
+) -> Iterator[RuleEdit]:
+    """What other names of the same rank are laid out as, for names that no rule claims."""
+    if len(lost) == 1:
+        (template, missed), *_ = lost.items()
+        alike = [
+            entry for name, entry in claimed.items() if len(shapes.get(name, ())) == len(shapes.get(missed[0], ()))
+        ]
         pattern = as_pattern(template)
-        entry = _nearest(pattern, left) or next((each for each in left if each.regex.match(missed[0])), None)
-        if entry is None:
-            yield Diagnostic(
-                code="SS202",
-                what=f"no rule claims {what} {template}",
-                why="replicated is written (a spec with no axis), never assumed",
-                matches=_count(missed),
-                advice=(f'add r"{pattern}": "..."',),
-            )
-            continue
-        left.remove(entry)
-        regex = re.compile(pattern)
-        safe = all(regex.fullmatch(name) is None or name in missed for name in names)
-        fix = f'r"{pattern}": "{entry.rule.value}"'
-        yield Diagnostic(
-            code="SS203",
-            what=f"the rule matches nothing, and no rule claims {what} {template}",
-            why=(
-                f"{len(names)} names were tried; the nearest are {_count(missed)}"
-                if not entry.regex.match(missed[0])
-                else f"a pattern is matched whole, and {_count(missed)} goes on after it"
-            ),
-            locations=(entry.location,),
-            fixes=(fix,) if safe and all(regex.fullmatch(name) for name in missed) else (),
-        )
-    for entry in left:
-        near = difflib.get_close_matches(
-            entry.rule.pattern, [as_pattern(name) for name in folded(names)], n=1, cutoff=0.5
-        )
-        yield Diagnostic(
-            code="SS203",
-            what="the rule matches nothing",
-            why=f"{len(names)} names were tried",
-            locations=(entry.location,),
-            advice=(f'did you mean r"{near[0]}"?',) if near else ("drop it",),
-        )
+        for value in dict.fromkeys(entry.rule.value for entry in alike) if missed[0] in shapes else ():
+            rule = {pattern: value}
+            kind = alike[0].rule.kind
+            text = f'add to {kind}: r"{pattern}": {_quoted(value)}'
+            yield RuleEdit(text, *((rule, {}) if kind == "params" else ({}, rule)))
+
+
+def _quoted(value: str | P) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def _unclaimed(
+    lost: Mapping[str, list[str]], what: Callable[[str], str], like: Iterable[RuleEdit], place: Location | None
+) -> Diagnostic:
+    """SS202, once for all the names."""
+    first = next(iter(lost.values()))[0]
+    kinds = f"{what(first)} {next(iter(lost))}"
+    more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    patterns = [f'r"{as_pattern(template)}"' for template in lost]
+    return Diagnostic(
+        code="SS202",
+        what=f"no rule claims {kinds}{more}",
+        why="replicated is written (a spec with no axis), never assumed",
+        locations=(place,) if place else (),
+        matches=", ".join(map(_count, lost.values())),
+        advice=tuple(f"add a rule for {pattern}" for pattern in patterns[:MOST_PATTERNS]),
+        hints=tuple(itertools.islice(like, MOST_PATTERNS)),
+    )
+
+
+MOST_PATTERNS = 6
+"""How many rules a message asks for, or tries."""
+
+
+def _dead(entry: Entry, names: Sequence[str], free: Sequence[str]) -> Diagnostic:
+    """SS203 for a rule that claims nothing, and that no unclaimed name needs."""
+    pattern = entry.rule.pattern
+    near = difflib.get_close_matches(pattern, [as_pattern(name) for name in folded(free)], n=1, cutoff=0.5)
+    renamed = {near[0]: entry.rule.value} if near else {}
+    edits = [RuleEdit(f'drop r"{pattern}"', drop=(pattern,))]
+    if near:
+        text = f'r"{near[0]}": {_quoted(entry.rule.value)}'
+        edits.insert(0, RuleEdit(text, *((renamed, {}) if entry.rule.kind == "params" else ({}, renamed)), (pattern,)))
+    return Diagnostic(
+        code="SS203",
+        what="the rule matches nothing",
+        why=f"{len(names)} names were tried",
+        locations=(entry.location,),
+        advice=(f'did you mean r"{near[0]}"?',) if near else ("drop it",),
+        hints=tuple(edits),
+    )
 
 
 def _nearest(pattern: str, dead: Sequence[Entry]) -> Entry | None:
@@ -143,7 +218,7 @@ def unused_axes(table: Table, mesh: Mesh, pipelined: bool) -> Iterator[Diagnosti
                 code="SS210",
                 what=f"no rule uses the mesh axis {axis}={mesh[axis]}",
                 why=f"its {mesh[axis]} ranks would do the same work {mesh[axis]} times",
-                locations=(Location(file=table.rules.origin.file, line=table.rules.origin.line),),
+                locations=(table.rules.location,),
             )
 
 

@@ -108,7 +108,14 @@ def parse_table(rules: Rules) -> tuple[Table, list[Diagnostic]]:
             regex = re.compile(rule.pattern)
             spec = rule.value.spec() if isinstance(rule.value, P) else parse(rule.value)
         except re.error as error:
-            found.append(Diagnostic(code="SS103", what=f"pattern cannot be read: {error}", locations=(rule.location,)))
+            found.append(
+                Diagnostic(
+                    code="SS103",
+                    what=f"pattern cannot be read: {error}",
+                    why="a pattern is a Python regex, matched whole against a name",
+                    locations=(rule.location,),
+                )
+            )
             continue
         except SpecError as error:
             found.append(_bad_spec(rule, str(error)))
@@ -137,7 +144,13 @@ def _bad_spec(rule: Rule, message: str) -> Diagnostic:
     if axis:
         near = difflib.get_close_matches(axis.group(1), AXES, n=1, cutoff=0.3)
         advice = (f"did you mean {near[0]}?",) if near else ()
-    return Diagnostic(code="SS103", what=f"spec cannot be read: {message}", locations=(rule.location,), advice=advice)
+    return Diagnostic(
+        code="SS103",
+        what=f"spec cannot be read: {message}",
+        why="a spec names a factor for each dim, with @axis or @(axis,axis) on what is split",
+        locations=(rule.location,),
+        advice=advice,
+    )
 
 
 def _check_axes(rule: Rule, spec: Spec) -> Iterator[Diagnostic]:

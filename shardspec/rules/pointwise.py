@@ -69,8 +69,7 @@ def pointwise(call: Call) -> Typed:
     )
 
 
-for _operator in LINEAR:
-    rule(_operator)(pointwise)
+rule(*LINEAR, aten.polar.default, aten.complex.default)(pointwise)
 
 
 @rule(

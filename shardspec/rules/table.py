@@ -62,10 +62,10 @@ def _string_lines(file: str) -> tuple[tuple[str, int], ...]:
     return tuple((node.value, node.lineno) for node in nodes if isinstance(node.value, str))
 
 
-def _line_of(file: str, near: int, pattern: str) -> int:
+def _line_of(file: str, near: int, pattern: str, default: int | None = None) -> int:
     """The line of the string `pattern` in `file` that is nearest to the call; the call's own where none is."""
     lines = [line for text, line in _string_lines(file) if text == pattern]
-    return min(lines, key=lambda line: abs(line - near), default=near)
+    return min(lines, key=lambda line: abs(line - near), default=near if default is None else default)
 
 
 @frozen(init=False, eq=False)
@@ -90,6 +90,8 @@ class Rules:
     attributes: dict[str, dict[str, str]] = field()
     sizes: dict[str, int]
     origin: Origin
+    origins: tuple[Origin, ...] = ()
+    """Where the table was made, and each `override` after it."""
 
     def __init__(
         self,
@@ -113,6 +115,7 @@ class Rules:
             attributes={pattern: dict(named) for pattern, named in (attributes or {}).items()},
             sizes=dict(sizes or {}),
             origin=origin,
+            origins=(origin,),
         )
 
     @property
@@ -121,12 +124,17 @@ class Rules:
         return self.params + self.activations
 
     def line_of(self, text: str) -> Location:
-        """Where a string of the table stands in the source."""
-        return Location(
-            file=shorten(self.origin.file),
-            line=_line_of(self.origin.file, self.origin.line, text),
-            text=f'r"{text}"',
-        )
+        """Where a string of the table stands in the source: in the last call that has it."""
+        for origin in (*reversed(self.origins), self.origin):
+            line = _line_of(origin.file, origin.line, text, 0)
+            if line:
+                return Location(file=shorten(origin.file), line=line, text=f'r"{text}"')
+        return self.location
+
+    @property
+    def location(self) -> Location:
+        """Where the table is made."""
+        return Location(file=shorten(self.origin.file), line=self.origin.line)
 
     def override(
         self,
@@ -162,6 +170,7 @@ class Rules:
             },
             sizes={**self.sizes, **(sizes or {})},
             origin=self.origin,
+            origins=(*self.origins, origin),
         )
         return new
 

@@ -283,7 +283,8 @@ def slice_(call: Call) -> Typed:
     if not kept:
         out = _read_whole(out, dim)
     # A negative start counts from the local end: it must name the same row there.
-    return Typed((out,), (kind if kept else _read_whole(kind, dim),), local={"start": local, "end": ...})
+    expected = {"start": local, "end": ..., "length": local_size(digits)}
+    return Typed((out,), (kind if kept else _read_whole(kind, dim),), local=expected)
 
 
 @rule(aten.select.int)
@@ -372,6 +373,20 @@ def stack(call: Call) -> Typed:
     out: list[Label] = list(range(rank - 1))
     out.insert(dim, "joined")
     return _joined(call, dim, names, out, [])
+
+
+@rule(aten.view_as_complex.default)
+def as_complex(call: Call) -> Typed:
+    """[..., 2] -> [...]."""
+    lead: list[Label] = list(range(len(call.out().shape)))
+    return unify(call, [[*lead, "pair"]], [lead], linear=COPY, whole=["pair"])
+
+
+@rule(aten.view_as_real.default)
+def as_real(call: Call) -> Typed:
+    """[...] -> [..., 2]."""
+    lead: list[Label] = list(range(len(call.shape(0))))
+    return unify(call, [lead], [[*lead, "pair"]], linear=COPY, out_sizes={"pair": 2})
 
 
 @rule(aten.roll.default, aten.flip.default)

@@ -104,7 +104,7 @@ class _Record:
         self.events.append(event)
 
 
-class _Unsupported(Exception):  # noqa: N818
+class _Unsupported(Exception):
     """An operation that has no step."""
 
 

@@ -20,7 +20,7 @@ Part = Sequence[Tensor]  # the open mesh of a block's global indices
 _NO_KEY = Key((0, 0), (0, 0))  # of a step that draws nothing
 
 
-class NotReplayable(ValueError):  # noqa: N818  what it says, not what it is
+class NotReplayable(ValueError):
     """A parameter's initial value cannot be computed for a part of it."""
 
     def __init__(self, name: str, reason: str):

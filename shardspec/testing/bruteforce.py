@@ -23,7 +23,7 @@ from shardspec.rules.table import Rules
 from shardspec.spec import P
 from shardspec.testing.simulate import Ranks, coordinates, difference, group, scatter
 from shardspec.tracing import HostRead
-from shardspec.typecheck import OPERATOR_FAMILIES  # noqa: F401  importing it registers the rules
+from shardspec.typecheck import OPERATOR_FAMILIES  # pyright: ignore[reportUnusedImport]  # noqa: F401
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
@@ -390,5 +390,8 @@ def _masked_lookup(node: Node, read: Callable[[Ref], Tensor], first: int) -> Ten
     named = {name: substitute(item, read) for name, item in named_arguments(node).items()}
     weight, ids = named["weight"], named["indices"] - first
     held = (ids >= 0) & (ids < weight.shape[0])
+    padding = int(named["padding_idx"])
     rows = nn.functional.embedding(torch.where(held, ids, 0), weight)
+    if padding >= 0:
+        rows = torch.where((ids == padding - first).unsqueeze(-1), rows.detach(), rows)
     return rows * held.unsqueeze(-1)

@@ -12,8 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+import shardspec as ss
+from models.llama import RULES
 from shardspec.moves import Move
 from shardspec.runtime import apply, attach, boundary, step, vocab
+from tests.distributed import parity
 from tests.distributed.harness import run_ranks
 from tests.distributed.parity import TOLERANCE, Case, all_meshes, on_rank
 
@@ -229,3 +232,145 @@ def test_a_bug_planted_in_a_reduction_fails_the_parity_check(name: str):
 
     [found] = run_ranks(case.world, run_with_bug)[0]
     assert max(found.values()) > 1e-6, found
+
+
+# What the Llama of the grid has not: biases, columns in storage, parameters that are not trained.
+
+
+class Feed(nn.Module):
+    """Two products with biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())
+
+
+def feed_loss(output: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return (output - batch["y"]).square().sum(), batch["w"].sum()
+
+
+@pytest.mark.parametrize("remat", [False, True], ids=["kept", "remat"])
+@pytest.mark.parametrize("bias", ["D +tp", "D@fsdp +tp"])
+def test_the_bias_of_a_row_parallel_product_counts_once(bias: str, remat: bool):
+    rules = ss.Rules(
+        params={
+            r"up\.weight": "F@(tp,fsdp) D",
+            r"up\.bias": "F@(tp,fsdp)",
+            r"down\.weight": "D@fsdp F@tp",
+            r"down\.bias": bias,
+        },
+        activations={"x|y": "B@(dp,fsdp) D", "w": "B@(dp,fsdp)", "down": "B@(dp,fsdp) D"},
+        units=["up", "down"],
+    )
+
+    def run(rank: int, world: int) -> None:
+        torch.set_default_dtype(torch.float64)
+        torch.manual_seed(0)
+        plain = Feed()
+        batch = {"x": torch.randn(8, 6), "y": torch.randn(8, 6), "w": torch.rand(8)}
+        sharded = ss.shard(plain, rules, ss.Mesh(fsdp=2, tp=2), batch, policy=ss.Policy(remat=remat))
+        state = sharded.init(ss.sgd(lr=0.1))
+        (loss, _), grads = sharded.value_and_grad(feed_loss)(state.params, sharded.local_batch(batch))
+        total, weight = feed_loss(plain(batch["x"]), batch)
+        (total / weight).backward()
+        assert abs(float(loss) - float((total / weight).detach())) < TOLERANCE
+        for name, parameter in plain.named_parameters():
+            torch.testing.assert_close(ss.full(grads[name]), parameter.grad, rtol=0, atol=TOLERANCE)
+
+    run_ranks(4, run)
+
+
+COLUMNS = RULES.override(
+    params={
+        r"tok_embeddings\.weight": "V@tp D@fsdp",
+        r"layers\.\d+\.feed_forward\.w[13]\.weight": "F@tp D@fsdp",
+        r"layers\.\d+\.feed_forward\.w2\.weight": "D F@(tp,fsdp)",
+    }
+)
+
+
+@pytest.mark.parametrize("frozen", [(), ("norm", "tok_embeddings", "wq")], ids=["all trained", "some frozen"])
+def test_columns_in_storage_and_parameters_that_are_not_trained(frozen: tuple[str, ...]):
+    def make() -> nn.Module:
+        model = parity.make_model(parity.make_config(tied=False))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(all(part not in name for part in frozen))
+        return model
+
+    def run(rank: int, world: int) -> None:
+        torch.set_default_dtype(torch.float64)
+        sharded = ss.shard(make, COLUMNS, ss.Mesh(fsdp=2, tp=2), parity.make_batch(0))
+        state = sharded.init(ss.adamw(**parity.OPTIMIZER))
+        plain = make()
+        with torch.no_grad():
+            for name, parameter in plain.named_parameters():
+                parameter.copy_(ss.full(state.params[name]))
+        trained = [name for name, parameter in plain.named_parameters() if parameter.requires_grad]
+        assert list(state.opt_state["exp_avg"]) == trained
+        optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], **parity.OPTIMIZER)
+        step = ss.train_step(sharded, parity.loss_fn, clip=parity.CLIP)
+        for index in range(3):
+            batch = parity.make_batch(index)
+            state, metrics = step(state, sharded.local_batch(batch))
+            optimizer.zero_grad()
+            parity.plain_loss(plain, batch).backward()
+            norm = nn.utils.clip_grad_norm_(plain.parameters(), parity.CLIP)
+            optimizer.step()
+            assert abs(float(metrics["grad_norm"]) - float(norm)) < TOLERANCE
+        for name, parameter in plain.named_parameters():
+            torch.testing.assert_close(ss.full(state.params[name]), parameter.detach(), rtol=0, atol=TOLERANCE)
+
+    run_ranks(4, run)
+
+
+class Lookups(nn.Module):
+    """Lookups of a module's own between those of its children; some tables are split, some are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Embedding(12, 6), nn.Embedding(10, 6)
+        self.rows, self.kinds = nn.Parameter(torch.randn(16, 6)), nn.Parameter(torch.randn(4, 6))
+        self.head = nn.Linear(6, 8, bias=False)
+
+    def forward(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        x = self.one(a) + nn.functional.embedding(d, self.kinds)
+        z = nn.functional.embedding(c, self.rows)
+        return self.head(ss.name(x, "x") + self.two(b) + ss.name(z, "z"))
+
+
+def lookup_loss(output: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return ss.cross_entropy(output, batch["y"])
+
+
+@pytest.mark.parametrize("remat", [False, True], ids=["kept", "remat"])
+def test_calls_of_a_module_and_of_its_children_are_told_apart(remat: bool):
+    rules = ss.Rules(
+        params={
+            r"one\.weight": "A@tp D",
+            r"two\.weight": "W D",
+            "rows": "T@tp D",
+            "kinds": "K D",
+            r"head\.weight": "O D",
+        },
+        activations={"[abcdy]": "B@fsdp S", "one|z": "B@fsdp S D"},
+        units=["one"],
+    )
+
+    def run(rank: int, world: int) -> None:
+        torch.set_default_dtype(torch.float64)
+        torch.manual_seed(0)
+        plain = Lookups()
+        batch = {name: torch.randint(0, n, (4, 5)) for name, n in zip("abcdy", (12, 10, 16, 4, 8), strict=True)}
+        sharded = ss.shard(plain, rules, ss.Mesh(tp=2), batch, policy=ss.Policy(remat=remat))
+        state = sharded.init(ss.sgd(lr=0.1))
+        (loss, _), grads = sharded.value_and_grad(lookup_loss)(state.params, sharded.local_batch(batch))
+        total, weight = lookup_loss(plain(*(batch[name] for name in "abcd")), batch)
+        (total / weight).backward()
+        assert abs(float(loss) - float((total / weight).detach())) < TOLERANCE
+        for name, parameter in plain.named_parameters():
+            torch.testing.assert_close(ss.full(grads[name]), parameter.grad, rtol=0, atol=TOLERANCE)
+
+    run_ranks(2, run)

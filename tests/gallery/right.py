@@ -407,6 +407,11 @@ def attention_written_out():
 
 
 @right
+def the_last_token_of_a_whole_sequence():
+    return Case(model=with_parts(block=parts.LastTokenOnly), rules=WITHOUT_SP)
+
+
+@right
 def a_norm_written_out():
     return Case(model=with_parts(block=parts.HandWrittenNorm))
 

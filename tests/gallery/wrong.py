@@ -58,7 +58,7 @@ def a_buffer_without_a_rule():
     return Case(rules=RULES.override(drop=[r"rope_(cos|sin)"]))
 
 
-@wrong("SS202", "no rule claims the batch entry labels")
+@wrong("SS202", "no rule claims batch entry labels")
 def a_batch_entry_without_a_rule():
     rules = RULES.override(drop=[r"tokens|labels"], activations={r"tokens": "B@(dp,fsdp) S@cp"})
     return Case(rules=rules)
@@ -106,7 +106,7 @@ def an_activation_that_no_module_makes():
     return Case(rules=RULES.override(activations={r"layers\.\d+\.attn": SPLIT}))
 
 
-@wrong("SS204", "2 rules claim parameter layers.0.attention.wq.weight")
+@wrong("SS204", r'fix: drop r"layers\.\d+\.attention\.w.\.weight"')
 def a_rule_shadowed_by_a_broader_one():
     return Case(rules=RULES.override(params={r"layers\.\d+\.attention\.w.\.weight": "(H@tp hd)@fsdp D"}))
 
