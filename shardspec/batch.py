@@ -44,7 +44,7 @@ def host_read(error: HostRead) -> Diagnostic:
     return Diagnostic(
         code="SS313",
         what=str(error),
-        why="what Python decides by a value of the batch may differ from rank to rank",
+        why=error.why,
         locations=(
             Location(file=shorten(error.file), line=error.line, text=linecache.getline(error.file, error.line).strip()),
         ),

@@ -8,6 +8,7 @@ from typing import Any
 from attrs import define, evolve, field
 
 from shardspec import lower as lowering
+from shardspec.arguments import as_model, check_arguments
 from shardspec.batch import Batch, batch_key, check_inputs, entry_plans, global_shapes, host_read, microbatch_shapes
 from shardspec.claims import match_params, match_points, survey
 from shardspec.constraints import Constraint
@@ -72,7 +73,8 @@ def compile(
     Raises:
         ShardingError: with everything that the first stage to fail found.
     """
-    return Compiler(survey(model), rules).plan(mesh, inputs, loss)
+    check_arguments(rules, mesh, inputs)
+    return Compiler(survey(as_model(model)), rules).plan(mesh, inputs, loss)
 
 
 @define(eq=False)
@@ -124,8 +126,11 @@ class Compiler:
                 named = self.named_attributes(differences, claims, mesh, lambda other: attempt.confirm(other, mesh))
                 found = [evolve(found[0], fixes=(named,), advice=()), *found[1:]] if named else found
             settle(found)
-            plan = assemble(typed, self.names, units, attributes, self.policy, has_loss=loss is not None)
-        return evolve(plan, legal=lambda world: self.legal_meshes(world, inputs, loss))
+            try:
+                plan = assemble(typed, self.names, units, attributes, self.policy, has_loss=loss is not None)
+            except ShardingError as error:
+                raise ShardingError(attempt.fixed(error.diagnostics)) from None
+        return evolve(plan, legal=lambda world: self.legal_meshes(world, batch, loss))
 
     def declared(self, mesh: Mesh) -> tuple[Table, tuple[UnitPlan, ...], dict[str, dict[str, int]]]:
         """What the table says before it meets a batch: rules, units, attributes."""

@@ -22,7 +22,7 @@ from shardspec.layout import Layout, canonical
 from shardspec.mesh import AXES, BATCH_AXES
 from shardspec.program import Node, Ref, tensors
 from shardspec.rules.match import as_pattern, fold
-from shardspec.rules.parse import STORAGE_AXES, Entry, MeshEdit, RuleEdit, change
+from shardspec.rules.parse import STORAGE_AXES, Entry, MeshEdit, RuleEdit, change, without_axes
 from shardspec.spec import Dim, Factor, Spec
 from shardspec.stages import Claims, TypedProgram
 from shardspec.twin import MODULE_STATE
@@ -120,26 +120,61 @@ def _edits(stop: Stop, axis: str, inference: Inference, claims: Claims, issue: I
             if text:
                 yield add_point(stop.name, text)
         return
-    spec = stop.entry.spec
+    spec, refusal = stop.entry.spec, issue.refusal
     if stop.carries(axis) or axis in spec.axes:
         if stop.entry.rule.kind == "params":
             yield from _put_first(stop.entry, spec, axis)
-        yield change(stop.entry, str(without_axis(spec, axis)))
+        if refusal.code == "SS304" and stop.source:
+            yield from _in_parts(stop, issue, claims)
+        yield change(stop.entry, without_axes(spec, (axis,)))
         if stop.entry.rule.kind == "params":
-            yield from _put_elsewhere(stop.entry, without_axis(spec, axis), axis)
+            yield from _put_elsewhere(stop.entry, without_axes(spec, (axis,)), axis)
         return
-    if issue.refusal.code == "SS303" and stop.source and stop.entry.rule.kind == "params":
+    if refusal.code == "SS303" and stop.source and stop.entry.rule.kind == "params":
         # Complete beside a pending sum: read as a share, it is counted once.
-        for bare in dict.fromkeys((spec, without_axes(spec, STORAGE_AXES))):
-            yield change(stop.entry, str(evolve(bare, pending=(*bare.pending, axis))))
+        for bare in dict.fromkeys((without_axes(spec, STORAGE_AXES), spec)):
+            yield change(stop.entry, evolve(bare, pending=(*bare.pending, axis)))
     # A whole operand beside a split one: lay it out as its partner is, along the factor of the same name.
     for partner in issue.trail:
         for factor in factors_with(partner.entry, axis):
             if any(factor == own.name for dim in spec.dims for own in dim.factors):
                 first = stop.entry.rule.kind == "params"
-                yield change(stop.entry, str(with_axis(spec, factor, axis, first=first)))
+                yield change(stop.entry, with_axis(spec, factor, axis, first=first))
     if stop.entry.rule.kind == "params":
         yield from _put_elsewhere(stop.entry, spec, axis)
+
+
+def _in_parts(stop: Stop, issue: Issue, claims: Claims) -> Iterator[RuleEdit]:
+    """A dim that is cut in equal parts as a group of them: `G@tp` in two is `(2 F@tp)`; storage goes elsewhere."""
+    node = issue.typed.graph.nodes[issue.node]
+    count = len(node.outputs)
+    entry, axis = stop.entry, issue.refusal.axis
+    if entry is None or count < 2:
+        return
+    bare = without_axes(entry.spec, STORAGE_AXES)
+    stored = tuple(name for name in entry.spec.axes if name in STORAGE_AXES)
+    for index, (dim, length) in enumerate(zip(bare.dims, stop.shape, strict=False)):
+        if len(dim.factors) != 1 or axis not in dim.all_axes or length % count:
+            continue
+        own = dim.factors[0]
+        names = [name for name, size in claims.sizes.known.items() if size == length // count]
+        for name in names[:2] or [own.name + "_"]:
+            dims = list(bare.dims)
+            dims[index] = Dim((Factor("", count), Factor(name, None, own.axes)), grouped=True)
+            other = 1 - index if len(dims) == 2 else index
+            dims[other] = (
+                evolve(dims[other], axes=(*dims[other].axes, *stored))
+                if other == index
+                else _stored(dims[other], stored)
+            )
+            yield change(entry, evolve(bare, dims=tuple(dims)))
+
+
+def _stored(dim: Dim, axes: tuple[str, ...]) -> Dim:
+    """The dim with storage axes behind its own."""
+    if dim.grouped:
+        return evolve(dim, axes=(*dim.axes, *axes))
+    return evolve(dim, factors=(evolve(dim.factors[0], axes=(*dim.factors[0].axes, *axes)),))
 
 
 def _put_first(entry: Entry, spec: Spec, axis: str) -> Iterator[RuleEdit]:
@@ -154,14 +189,14 @@ def _put_first(entry: Entry, spec: Spec, axis: str) -> Iterator[RuleEdit]:
         place = dim.factors.index(held[0])
         for factors in ((held[0], *others), (*swapped[:place], bare, *swapped[place:])):
             dims = (*spec.dims[:index], evolve(dim, factors=factors), *spec.dims[index + 1 :])
-            yield change(entry, str(evolve(spec, dims=dims)))
+            yield change(entry, evolve(spec, dims=dims))
 
 
 def _put_elsewhere(entry: Entry, spec: Spec, axis: str) -> Iterator[RuleEdit]:
     """The axis on the most major factor of each dim that it did not stand on."""
     for dim, before in zip(spec.dims, entry.spec.dims, strict=True):
         if axis not in before.all_axes and dim.factors and dim.factors[0].name:
-            yield change(entry, str(with_axis(spec, dim.factors[0].name, axis)))
+            yield change(entry, with_axis(spec, dim.factors[0].name, axis))
 
 
 def factors_with(entry: Entry | None, axis: str) -> list[str]:
@@ -176,24 +211,6 @@ def add_point(name: str, text: str) -> RuleEdit:
     head, colon, tail = name.partition(":")
     pattern = as_pattern(fold(head)) + colon + tail
     return RuleEdit(f'add to activations: r"{pattern}": "{text}"', {}, {pattern: text})
-
-
-def without_axis(spec: Spec, axis: str) -> Spec:
-    """The spec with an axis taken off."""
-    return without_axes(spec, (axis,))
-
-
-def without_axes(spec: Spec, gone: Sequence[str]) -> Spec:
-    """The spec with axes taken off."""
-
-    def drop(axes: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(name for name in axes if name not in gone)
-
-    dims = tuple(
-        evolve(dim, factors=tuple(evolve(f, axes=drop(f.axes)) for f in dim.factors), axes=drop(dim.axes))
-        for dim in spec.dims
-    )
-    return evolve(spec, dims=dims, pending=drop(spec.pending))
 
 
 def with_axis(spec: Spec, factor: str, axis: str, *, first: bool = True) -> Spec:
@@ -217,7 +234,7 @@ def _without(layout: Layout, axis: str, inference: Inference) -> Layout:
 def declared_as(layout: Layout, shape: tuple[int, ...], claims: Claims, inference: Inference, axis: str) -> str | None:
     """A spec for a layout: one that the table uses, as it is or without `axis`, for it then serves every mesh."""
     for entry in claims.table.activations:
-        for spec in (entry.spec, without_axis(entry.spec, axis)):
+        for spec in (entry.spec, without_axes(entry.spec, (axis,))):
             fits = spec.ellipsis is None and not spec.open_end and _fits(spec, shape, claims)
             if fits and inference.layout_of(evolve(entry, spec=spec), "", shape) == layout:
                 return str(spec)
@@ -327,6 +344,7 @@ def _point_hints(conflict: Conflict, inference: Inference, claims: Claims) -> It
         merged = {pattern: text for edit in direct for pattern, text in edit.activations.items()}
         shown = ", ".join(f'r"{pattern}": "{text}"' for pattern, text in merged.items())
         yield RuleEdit(f"add to activations: {shown}", {}, merged)
+    yield from _gathered(conflict, inference, claims)
     wave = list(conflict.owing)
     found = 0
     for at in wave:
@@ -337,6 +355,21 @@ def _point_hints(conflict: Conflict, inference: Inference, claims: Claims) -> It
             yield edit
             found += 1
         wave += [later for later in users(typed, graph.nodes[at].outputs) if later not in wave]
+
+
+def _gathered(conflict: Conflict, inference: Inference, claims: Claims) -> Iterator[RuleEdit]:
+    """Rules that gather what a parameter is used with, where one of its uses is split."""
+    typed, graph = conflict.typed, conflict.typed.graph
+    for at in conflict.owing if graph.values[conflict.value].name else ():
+        for ref in tensors(graph.nodes[at].args) if at >= 0 else ():
+            made, kind = producer(graph, ref.index), typed.types[ref.index]
+            if made is None or kind is None or graph.nodes[made].op != "point" or made in typed.transitions:
+                continue
+            if conflict.axis in kind.layout.sharded:
+                layout = _without(kind.layout, conflict.axis, inference)
+                text = declared_as(layout, graph.values[ref.index].shape, claims, inference, conflict.axis)
+                if text:
+                    yield add_point(absolute(conflict.fqn, graph.nodes[made].func[0]), text)
 
 
 def _declare(conflict: Conflict, at: int, inference: Inference, claims: Claims) -> RuleEdit | None:

@@ -107,14 +107,17 @@ def writes_across(
     stored = {plan.unit for plan in params.values() if plan.storage}
     gathered = {module for unit in units if unit.name in stored for module in unit.modules}
     for frames in writing([Frame(typed.forward, typed.backward, 0)], set()):
-        node = frames[-1].typed.graph.nodes[frames[-1].at]
-        reason = boundary(frames, node.args[0].index, gathered)
+        typed_graph = frames[-1].typed
+        node = typed_graph.graph.nodes[frames[-1].at]
+        reason, rules = boundary(frames, node.args[0].index, gathered)
         if reason:
+            blocks = typed.inference.blocks_like(typed_graph)
             yield Diagnostic(
                 code="SS314",
                 what=f"{node.op} writes in place to {reason}",
                 why="without the mesh the two are one tensor, and the write is seen on both sides",
-                locations=(node.location,),
+                locations=(node.location, *rules),
+                matches=f"{fold(typed_graph.fqn)} ({len(blocks)} blocks)" if len(blocks) > 1 else "",
                 advice=("use the form of the operator that makes a new tensor",),
             )
 
@@ -133,8 +136,12 @@ def writing(frames: list[Frame], seen: set[tuple[int, int]]) -> Iterator[list[Fr
             yield here
 
 
-def boundary(frames: Sequence[Frame], index: int, gathered: set[str]) -> str:
-    """What lies between a value and the tensor that its caller holds, or nothing."""
+Crossing = tuple[str, tuple[Location, ...]]
+"""What lies between a value and the tensor that its caller holds, and the rule that put it there; or nothing."""
+
+
+def boundary(frames: Sequence[Frame], index: int, gathered: set[str]) -> Crossing:
+    """What a value passed on its way from the tensor that its caller holds."""
     frames = list(frames)
     while True:
         frame = frames[-1]
@@ -145,32 +152,34 @@ def boundary(frames: Sequence[Frame], index: int, gathered: set[str]) -> str:
             continue
         made = producer(graph, index, frame.at)
         if made is None or graph.nodes[made].op != "point":
-            return ""
-        reason = crossing(frame, made, gathered)
-        if reason:
-            return reason
+            return "", ()
+        found = crossing(frame, made, gathered)
+        if found[0]:
+            return found
         frames[-1] = Frame(typed, frame.back, made)
         index = graph.nodes[made].args[0].index
 
 
-def crossing(frame: Frame, position: int, gathered: set[str]) -> str:
-    """What a point does that a write behind it must not follow, or nothing."""
+def crossing(frame: Frame, position: int, gathered: set[str]) -> Crossing:
+    """What a point does that a write behind it must not follow."""
     typed, node = frame.typed, frame.typed.graph.nodes[position]
     step, source = typed.transitions.get(position), node.args[0].index
     relative = typed.names.get(position) or str(node.func[0])
     name = absolute(typed.fqn, relative)
     module, colon, _ = name.partition(":")
     if colon and module in gathered:
-        return f"an input of {module}, which fully_shard hands on as a view"
+        return f"an input of {module}, which fully_shard hands on as a view", ()
     if step is None:
-        return ""
+        return "", ()
+    rules = (step.entry.location,)
     if step.moves:
         later = typed.graph.nodes[frame.at :]
         seen = (
             source in typed.graph.inputs or source in typed.graph.outputs or any(reads(node, source) for node in later)
         )
-        return f"{name}, and what it was made from is read again" if seen else ""
-    return f"{name}, where a rule completes the gradient" if frame.back and frame.back.moves.get(position) else ""
+        return (f"{name}, and what it was made from is read again", rules) if seen else ("", ())
+    completes = frame.back is not None and frame.back.moves.get(position)
+    return (f"{name}, where a rule completes the gradient", rules) if completes else ("", ())
 
 
 def reads(node: Node, index: int) -> bool:

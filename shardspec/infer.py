@@ -200,8 +200,11 @@ class Inference:
         try:
             moves = transition(before, after, self.sizes)
         except NoTransition as error:
-            refusal = Refusal("SS306", f"{absolute(fqn, name)} cannot become {entry.rule.value}", why=str(error))
-            self._refuse(typed, position, fqn, refusal, (node.args[0],))
+            axis = next((axis for axis, way in after.pending if before.pending_kind(axis) != way), "")
+            what = f"{absolute(fqn, name)} cannot become {entry.rule.value}"
+            stop = Stop(absolute(fqn, name), after, typed.graph.values[target].shape, entry)
+            refusal = Refusal("SS306", what, why=str(error), axis=axis)
+            self._refuse(typed, position, fqn, refusal, (node.args[0],), stop)
             return
         typed.consumed[position] = (Type(before),)
         typed.transitions[position] = Transition(entry, before, after, moves)
@@ -264,6 +267,7 @@ class Inference:
         fqn: str,
         refusal: Refusal,
         refs: Sequence[Ref],
+        *stops: Stop,
     ) -> None:
         frames = [*self.stack, (typed, position)]
 
@@ -272,14 +276,17 @@ class Inference:
         trails = (
             tuple(self.trail(frames, refs[operand].index, refusal.axis)) for operand in chosen if operand < len(refs)
         )
-        self.issues.append(Issue(typed, position, fqn, refusal, tuple(trails)))
+        self.issues.append(Issue(typed, position, fqn, refusal, (stops, *trails) if stops else tuple(trails)))
 
     def named(self, frames: Sequence[tuple[TypedGraph, int]], text: str) -> str:
         """A text with the names of values in place of what stands for them."""
         return VALUE.sub(lambda match: self.describe(frames, int(match.group(1))), text)
 
     def describe(self, frames: Sequence[tuple[TypedGraph, int]], index: int) -> str:
-        """A value as a reader knows it: by its name, or by what was done to the nearest thing that has one."""
+        """A value as a reader knows it: by its name, or by what was done to the nearest thing that has one.
+
+        An operator's result is called after its first operand.
+        """
         done: list[str] = []
         while len(done) < MOST_WORDS:
             typed, at = frames[-1]
@@ -302,9 +309,8 @@ class Inference:
             if name and (entry is not None or ":" not in name):
                 return " after ".join([absolute(typed.fqn, name), *_listed(done)])
             sources = list(dict.fromkeys(tensors(node.args) + tensors(node.kwargs)))
-            if node.op == "block" or not sources or (len(sources) > 1 and node.op not in FOLLOWED):
-                place = absolute(typed.fqn, node.func.fqn if node.op == "block" else node.path)
-                text = place if node.op == "block" else f"the result of {node.op}"
+            if node.op == "block" or not sources:
+                text = absolute(typed.fqn, node.func.fqn) if node.op == "block" else f"the result of {node.op}"
                 return " after ".join([text, *_listed(done)])
             if node.op not in UNSAID and node.op != "point":
                 done.append(node.op)
@@ -359,13 +365,8 @@ class Inference:
 VALUE = re.compile(r"<value (\d+)>")
 """An operand in a refusal's text."""
 
-MOST_WORDS = 6
+MOST_WORDS = 12
 """How many operators a value's description names."""
-
-FOLLOWED = frozenset(
-    {"index", "slice", "view", "reshape", "gather", "masked_fill", "embedding", "type_as", "expand_as"}
-)
-"""Operators with several operands whose result is called after the first."""
 
 UNSAID = frozenset({"detach", "clone", "contiguous", "alias", "to", "_to_copy", "lift_fresh"})
 """Operators that a reader need not hear of."""

@@ -22,7 +22,7 @@ from shardspec.program import Node, Ref, tensors
 from shardspec.rules.fit import dims_of, divisors
 from shardspec.rules.match import fold
 from shardspec.rules.operator import named_arguments
-from shardspec.rules.parse import Entry, ParamClaim, Storage
+from shardspec.rules.parse import STORAGE_AXES, Entry, ParamClaim, Storage, change, without_axes
 from shardspec.stages import Claims, Survey, TypedProgram
 from shardspec.tracing import user_frame
 
@@ -122,6 +122,7 @@ def check_storage(
                 what=f"the buffer {name} is stored over {plan.storage[0]}",
                 why="only parameters are gathered before they are used",
                 locations=(entry.location,),
+                hints=(change(entry, without_axes(entry.spec, STORAGE_AXES)),),
             )
         for axis in plan.storage if plan.first in owed else ():
             if axis not in owed[plan.first] and (plan.rule, axis) not in seen:
@@ -132,6 +133,7 @@ def check_storage(
                     why=f"its gradient would be summed over {axis}, where every rank already holds the whole of it",
                     locations=(entry.location,),
                     advice=(f"take {axis} off the rule, or split what it is used with over {axis}",),
+                    hints=(change(entry, without_axes(entry.spec, (axis,))),),
                 )
 
 

@@ -46,6 +46,8 @@ def _fill(asked: dict[str, int | str], world: int | None) -> dict[str, int]:
                 why="neither world= nor the variable WORLD_SIZE is set",
                 advice=("give world=, or start under torchrun",),
             )
+        if not told.isdecimal() or int(told) < 1:
+            refuse("SS101", f"mesh axis {auto[0]} is 'auto' and WORLD_SIZE is {told!r}", why="it counts the ranks")
         world = int(told)
     if world % known:
         refuse(

@@ -101,6 +101,8 @@ class P:
         """The same as a parsed `Spec`, its factors anonymous."""
         dims: list[Dim] = []
         for entry in self.entries:
+            if not isinstance(entry, (str, tuple, type(None))):
+                raise SpecError(f"{self!r}: {entry!r} is no axis, tuple of axes, or None")
             axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
             for axis in axes:
                 _check_axis(axis, repr(self))
@@ -122,9 +124,9 @@ class _Reader:
         while position < end:
             match = TOKEN.match(self.text, position)
             if match is None:
-                raise SpecError(
-                    f"{self.text!r}: cannot read {self.text[position:].strip()[:1]!r} at column {position + 1}"
-                )
+                rest = self.text[position:].lstrip()
+                column = len(self.text) - len(rest) + 1
+                raise SpecError(f"{self.text!r}: cannot read {rest[0]!r} at column {column}")
             yield match.lastgroup or "", match.group().strip(), match.start(match.lastgroup or 0)
             position = match.end()
 
@@ -136,12 +138,22 @@ class _Reader:
         self.at += 1
         return token
 
+    @property
+    def column(self) -> int:
+        """Where the next token stands, counted from one."""
+        return self.tokens[self.at][2] + 1
+
     def fail(self, expected: str) -> SpecError:
         if self.at >= len(self.tokens):
             return SpecError(f"{self.text!r} ends where {expected} was expected")
-        kind, found, position = self.tokens[self.at]
-        del kind
-        return SpecError(f"{self.text!r}: {found!r} at column {position + 1} where {expected} was expected")
+        found = self.tokens[self.at][1]
+        return SpecError(f"{self.text!r}: {found!r} at column {self.column} where {expected} was expected")
+
+    def axis(self) -> str:
+        if self.peek()[0] != "word":
+            raise self.fail("a mesh axis")
+        column = self.column
+        return _check_axis(self.take()[1], repr(self.text), f" at column {column}")
 
     def expect(self, mark: str) -> None:
         if self.peek() != ("mark", mark):
@@ -149,9 +161,9 @@ class _Reader:
         self.at += 1
 
 
-def _check_axis(axis: str, text: str) -> str:
+def _check_axis(axis: str, text: str, where: str = "") -> str:
     if axis not in AXES:
-        raise SpecError(f"{text}: unknown mesh axis {axis!r}; the axes are {', '.join(AXES)}")
+        raise SpecError(f"{text}: unknown mesh axis {axis!r}{where}; the axes are {', '.join(AXES)}")
     return axis
 
 
@@ -159,14 +171,12 @@ def _parse_axes(reader: _Reader) -> tuple[str, ...]:
     if reader.peek() != ("mark", "@"):
         return ()
     reader.take()
-    if reader.peek()[0] == "word":
-        return (_check_axis(reader.take()[1], repr(reader.text)),)
-    reader.expect("(")
+    if reader.peek() != ("mark", "("):
+        return (reader.axis(),)
+    reader.take()
     axes: list[str] = []
     while True:
-        if reader.peek()[0] != "word":
-            raise reader.fail("a mesh axis")
-        axes.append(_check_axis(reader.take()[1], repr(reader.text)))
+        axes.append(reader.axis())
         if reader.peek() == ("mark", ","):
             reader.take()
             continue
@@ -175,11 +185,14 @@ def _parse_axes(reader: _Reader) -> tuple[str, ...]:
 
 
 def _parse_factor(reader: _Reader) -> Factor:
+    column = reader.column
     kind, text = reader.take()
     axes = _parse_axes(reader)
     if kind == "number":
         if axes:
-            raise SpecError(f"{reader.text!r}: the plain number {text} cannot be split; give the factor a name")
+            raise SpecError(
+                f"{reader.text!r}: the plain number {text} at column {column} cannot be split; give the factor a name"
+            )
         return Factor("", int(text), axes)
     return Factor(text, None, axes)
 
@@ -193,7 +206,8 @@ def _parse_group(reader: _Reader) -> Dim:
         raise reader.fail("a factor's name")
     if reader.peek() == ("mark", "+"):
         raise SpecError(
-            f"{reader.text!r}: a direct sum in a group is not part of the language yet; split the projection"
+            f"{reader.text!r}: '+' at column {reader.column}: a direct sum in a group is not part of the language yet; "
+            "split the projection"
         )
     reader.expect(")")
     return Dim(tuple(factors), _parse_axes(reader), grouped=True)
@@ -214,9 +228,7 @@ def parse(text: str) -> Spec:
         kind, token = reader.peek()
         if token == "+":
             reader.take()
-            if reader.peek()[0] != "word":
-                raise reader.fail("a mesh axis")
-            pending.append(_check_axis(reader.take()[1], repr(text)))
+            pending.append(reader.axis())
         elif pending:
             raise reader.fail("'+axis' or the end")
         elif kind == "ellipsis":

@@ -38,8 +38,9 @@ _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 class HostRead(Exception):
     """The model's Python reads a value that is not known before it runs."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, why: str = "") -> None:
         self.file, self.line = user_line()
+        self.why = why or "what Python decides by a value of the batch may differ from rank to rank"
         super().__init__(message)
 
 
@@ -144,6 +145,11 @@ class Tracer(TorchDispatchMode):
             if data is None:
                 raise HostRead("the model reads a tensor's value on the host")
             return data
+        if data is None and torch.Tag.dynamic_output_shape in func.tags and _by_values(func, args):
+            raise HostRead(
+                f"{_operator_name(func)} makes a tensor whose shape depends on values",
+                why="its shape may differ from rank to rank, and no layout says which part a rank holds",
+            )
         called = dict(kwargs)
         if called.get("device") is not None or _is_factory(func):
             called["device"] = torch.device("meta")
@@ -438,6 +444,13 @@ def _is_small_factory(func: Any, args: Any) -> bool:
 def _is_atomic(func: Any) -> bool:
     """Whether the operator is left whole although torch could decompose it: nothing stands between it and a kernel."""
     return torch.Tag.pointwise in func.tags
+
+
+def _by_values(func: Any, args: Any) -> bool:
+    """Whether the result's shape depends on values: of a lookup, only where a mask picks the rows."""
+    if func is aten.index.Tensor:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return func is not aten.repeat_interleave.Tensor
 
 
 def _on_meta(arg: Any) -> Any:

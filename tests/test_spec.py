@@ -88,13 +88,13 @@ def test_printing_is_stable(spec):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("V@", "'V@' ends where '(' was expected"),
+        ("V@", "'V@' ends where a mesh axis was expected"),
         ("V@(tp", "'V@(tp' ends where ')' was expected"),
         ("V@(tp,", "'V@(tp,' ends where a mesh axis was expected"),
         ("V@()", "'V@()': ')' at column 4 where a mesh axis was expected"),
         ("V@(tp fsdp) D", "'V@(tp fsdp) D': 'fsdp' at column 7 where ')' was expected"),
         ("V@(tp,,fsdp)", "'V@(tp,,fsdp)': ',' at column 7 where a mesh axis was expected"),
-        ("V@2", "'V@2': '2' at column 3 where '(' was expected"),
+        ("V@2", "'V@2': '2' at column 3 where a mesh axis was expected"),
         ("V@tpp D", "'V@tpp D': unknown mesh axis 'tpp' at column 3; the axes are pp, dp, fsdp, ep, cp, tp"),
         ("V D@(tp, x)", "'V D@(tp, x)': unknown mesh axis 'x' at column 10; the axes are pp, dp, fsdp, ep, cp, tp"),
         ("D +x", "'D +x': unknown mesh axis 'x' at column 4; the axes are pp, dp, fsdp, ep, cp, tp"),
@@ -113,8 +113,8 @@ def test_printing_is_stable(spec):
         ("(H ...)", "'(H ...)': '...' at column 4 where ')' was expected"),
         ("2@tp", "'2@tp': the plain number 2 at column 1 cannot be split; give the factor a name"),
         ("D (2@tp F)", "'D (2@tp F)': the plain number 2 at column 4 cannot be split; give the factor a name"),
-        ("(H@tp + K@tp)", "'(H@tp + K@tp)': '+' at column 7: a direct sum in a group is not part of the language yet; "
-                          "split the projection"),
+        ("(H + K)",
+         "'(H + K)': '+' at column 4: a direct sum in a group is not part of the language yet; split the projection"),
         ("V-D", "'V-D': cannot read '-' at column 2"),
         ("V   é!", "'V   é!': cannot read 'é' at column 5"),
         ("B .. D", "'B .. D': cannot read '.' at column 3"),
@@ -156,3 +156,5 @@ def test_ps_are_values():
 def test_p_knows_the_axes():
     with pytest.raises(SpecError, match=r"P\('tpp'\): unknown mesh axis 'tpp'; the axes are pp, dp"):
         P("tpp").spec()
+    with pytest.raises(SpecError, match=r"P\(3\): 3 is no axis, tuple of axes, or None"):
+        P(3).spec()

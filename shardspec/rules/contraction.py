@@ -56,7 +56,10 @@ def with_bias(
     try:
         result = unify(added, [out, bias_labels], [out], linear=JOINT)
     except Refusal as refusal:
-        refusal.operands = (bias, *order)
+        refusal.operands = (bias, order[1])
+        if refusal.code == "SS303":
+            refusal.what = f"{call.node.op} adds {call.operand(bias)} to a product that is still to be summed over "
+            refusal.what += refusal.axis
         raise
     consumed = dict(zip(order, typed.consumed, strict=True)) | {bias: result.consumed[1]}
     return Typed(result.outputs, tuple(consumed[index] for index in range(len(call.types))))

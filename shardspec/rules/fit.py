@@ -137,7 +137,7 @@ def _other_specs(entry: Entry, shape: Sequence[int], sizes: Sizes) -> Iterator[R
 
     for dims in itertools.permutations(spec.dims):
         if dims != spec.dims and all(map(fits, dims, shape)):
-            yield change(entry, str(evolve(spec, dims=dims)))
+            yield change(entry, evolve(spec, dims=dims))
     used = {factor.name for dim in spec.dims for factor in dim.factors}
     choices = [
         [dim]
@@ -150,7 +150,7 @@ def _other_specs(entry: Entry, shape: Sequence[int], sizes: Sizes) -> Iterator[R
         for dim, length in zip(spec.dims, shape, strict=True)
     ]
     for dims in itertools.islice(itertools.product(*choices), 4):
-        yield change(entry, str(evolve(spec, dims=dims)))
+        yield change(entry, evolve(spec, dims=dims))
 
 
 def _two_sizes(text: str, product: int, length: int, name: str, entry: Entry, sizes: Sizes, dim: Dim) -> Diagnostic:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from shardspec.diagnostics import Diagnostic, Location
 from shardspec.mesh import BATCH_AXES, Mesh
-from shardspec.rules.parse import Entry, RuleEdit, Table
-from shardspec.spec import P
+from shardspec.rules.parse import Entry, RuleEdit, Table, quoted
 
 
 def fold(name: str) -> str:
@@ -134,7 +133,7 @@ def _misspelt(
         ),
         locations=(entry.location,),
         advice=(f'did you mean r"{pattern}"?',),
-        hints=(RuleEdit(f'r"{pattern}": "{entry.rule.value}"', params, activations, (entry.rule.pattern,)),),
+        hints=(RuleEdit(f'r"{pattern}": {quoted(entry.rule.value)}', params, activations, (entry.rule.pattern,)),),
     )
 
 
@@ -151,12 +150,8 @@ def _like(
         for value in dict.fromkeys(entry.rule.value for entry in alike) if missed[0] in shapes else ():
             rule = {pattern: value}
             kind = alike[0].rule.kind
-            text = f'add to {kind}: r"{pattern}": {_quoted(value)}'
+            text = f'add to {kind}: r"{pattern}": {quoted(value)}'
             yield RuleEdit(text, *((rule, {}) if kind == "params" else ({}, rule)))
-
-
-def _quoted(value: str | P) -> str:
-    return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
 def _unclaimed(
@@ -189,7 +184,7 @@ def _dead(entry: Entry, names: Sequence[str], free: Sequence[str]) -> Diagnostic
     renamed = {near[0]: entry.rule.value} if near else {}
     edits = [RuleEdit(f'drop r"{pattern}"', drop=(pattern,))]
     if near:
-        text = f'r"{near[0]}": {_quoted(entry.rule.value)}'
+        text = f'r"{near[0]}": {quoted(entry.rule.value)}'
         edits.insert(0, RuleEdit(text, *((renamed, {}) if entry.rule.kind == "params" else ({}, renamed)), (pattern,)))
     return Diagnostic(
         code="SS203",

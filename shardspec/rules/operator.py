@@ -305,10 +305,9 @@ def unify(
     Raises:
         Refusal: SS302 for disagreeing operands, SS303 for a pending operand, SS304 for a split whole factor.
     """
-    digits, uniform = _digits(call, labels)
     whole = set(whole)
-    for label in whole:
-        _check_whole(call, labels, label, digits.get(label, ()))
+    _check_whole(call, labels, whole)
+    digits, uniform = _digits(call, labels)
     owner = _one_factor_an_axis(call, labels, digits)
     pending = _pending(call, owner, linear, scalars)
     kept = {label for names in outputs for label in names}
@@ -337,17 +336,19 @@ def _where(names: Sequence[Label], chosen: set[Label]) -> frozenset[int]:
     return frozenset(index for index, label in enumerate(names) if label in chosen)
 
 
-def _check_whole(call: Call, labels: Sequence[Sequence[Label]], label: Label, dim: DimLayout) -> None:
-    for axis in dim_axes(dim):
-        held = [operand for operand, names in enumerate(labels) if label in names]
-        at = labels[held[0]].index(label)
-        raise Refusal(
-            "SS304",
-            f"{name_of(call)} needs the whole of dim {at} of {call.operand(held[0])}, which is split over {axis}",
-            why=f"each rank holds {dim_text(dim)}; {name_of(call)} of a part is not a part of the whole's",
-            operands=held,
-            axis=axis,
-        )
+def _check_whole(call: Call, labels: Sequence[Sequence[Label]], whole: set[Label]) -> None:
+    for operand, (kind, names) in enumerate(zip(call.types, labels, strict=True)):
+        for at, (label, dim) in enumerate(zip(names, kind.layout.dims, strict=True)):
+            if label not in whole or not dim_axes(dim):
+                continue
+            axis = dim_axes(dim)[0]
+            raise Refusal(
+                "SS304",
+                f"{name_of(call)} needs the whole of dim {at} of {call.operand(operand)}, which is split over {axis}",
+                why=f"each rank holds {dim_text(dim)}; {name_of(call)} of a part is not a part of the whole's",
+                operands=(operand,),
+                axis=axis,
+            )
 
 
 def _output_dim(label: Label, digits: Mapping[Label, DimLayout], fresh: Mapping[Any, int] | None) -> DimLayout:

@@ -2,10 +2,10 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from shardspec.diagnostics import Diagnostic, Location
 from shardspec.layout import Layout
@@ -48,12 +48,34 @@ class RuleEdit:
     drop: tuple[str, ...] = ()
 
 
-def change(entry: Entry, text: str) -> RuleEdit:
-    """Give an entry another spec."""
-    pattern = entry.rule.pattern
-    edit = {pattern: text}
-    words = f'r"{pattern}": "{text}" (was "{entry.rule.value}")'
-    return RuleEdit(words, *((edit, {}) if entry.rule.kind == "params" else ({}, edit)))
+def change(entry: Entry, spec: Spec) -> RuleEdit:
+    """Give an entry another spec, written as its own is."""
+    pattern, old = entry.rule.pattern, entry.rule.value
+    new = str(spec) if isinstance(old, str) else P(*(_bare(dim.all_axes) for dim in spec.dims))
+    words = f'r"{pattern}": {quoted(new)} (was {quoted(old)})'
+    return RuleEdit(words, *(({pattern: new}, {}) if entry.rule.kind == "params" else ({}, {pattern: new})))
+
+
+def quoted(value: str | P) -> str:
+    """A spec as it stands in a table."""
+    return f'"{value}"' if isinstance(value, str) else f"ss.{value!r}"
+
+
+def _bare(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    return axes if len(axes) > 1 else axes[0] if axes else None
+
+
+def without_axes(spec: Spec, gone: Sequence[str]) -> Spec:
+    """The spec with axes taken off."""
+
+    def drop(axes: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in axes if name not in gone)
+
+    dims = tuple(
+        evolve(dim, factors=tuple(evolve(f, axes=drop(f.axes)) for f in dim.factors), axes=drop(dim.axes))
+        for dim in spec.dims
+    )
+    return evolve(spec, dims=dims, pending=drop(spec.pending))
 
 
 @frozen(eq=False)

@@ -28,6 +28,10 @@ class Fabric:
         """This rank's index on each axis."""
         return self.mesh.coordinate(self.rank)
 
+    def zero(self) -> torch.Tensor:
+        """A scalar of float64 on this rank's device."""
+        return torch.zeros((), dtype=torch.float64, device=self.device)
+
     def place(self, axes: Iterable[str]) -> int:
         """This rank's index among those that differ from it on `axes` alone, in mesh order of ranks."""
         index = 0

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
+from shardspec.arguments import as_model, check_arguments, check_batch
 from shardspec.batch import batch_key, check_rows
 from shardspec.claims import survey
 from shardspec.compiler import Compiler, settle
@@ -18,10 +19,10 @@ from shardspec.mesh import BATCH_AXES, Mesh, degree
 from shardspec.placement import local_index, stored_shape
 from shardspec.plan import ActivationPlan, Plan
 from shardspec.policy import Policy
-from shardspec.rules.match import fold
+from shardspec.rules.match import fold, folded
 from shardspec.runtime.agreement import agree, details_of, fingerprint
 from shardspec.runtime.apply import LocalModel, apply, build_source, local_part
-from shardspec.runtime.arguments import as_model, as_optimizer, check_arguments, check_batch, unmatched_policy
+from shardspec.runtime.arguments import as_optimizer, unmatched_policy
 from shardspec.runtime.attach import Wiring, attach
 from shardspec.runtime.fabric import Fabric, check_world, connect, join_world
 from shardspec.runtime.gather import gather
@@ -203,6 +204,7 @@ class Sharded:
                 that matches nothing.
         """
         locals_: dict[str, Tensor] = {}
+        without: dict[str, str] = {}
         problems: list[Diagnostic] = [
             Diagnostic(code="SS203", what=f'init: r"{pattern}" matches no parameter')
             for pattern in init or {}
@@ -212,8 +214,8 @@ class Sharded:
             try:
                 locals_[name] = self._initial(name, seed, init or {})
             except (NotReplayable, LookupError) as error:
-                problems.append(_no_value(name, str(error.args[-1] if isinstance(error, LookupError) else error)))
-        settle([*problems, *self._hollow_buffers()])
+                without[name] = str(error.args[-1] if isinstance(error, LookupError) else error)
+        settle([*problems, *_without_values(without | self._hollow_buffers())])
         agree(self.mesh.world, "the state", lambda: (None, {"seed": str(seed)}))
         return self.state(locals_, optimizer, seed)
 
@@ -240,12 +242,9 @@ class Sharded:
             target.copy_(value)
         return target
 
-    def _hollow_buffers(self) -> list[Diagnostic]:
-        return [
-            _no_value(name, "the buffer is on meta, and a buffer is not initialised")
-            for name, buffer in self.module.named_buffers()
-            if buffer.device.type == "meta"
-        ]
+    def _hollow_buffers(self) -> dict[str, str]:
+        hollow = [name for name, buffer in self.module.named_buffers() if buffer.device.type == "meta"]
+        return dict.fromkeys(hollow, "the buffer is on meta, and a buffer is not initialised")
 
     def load(self, state_dict: Mapping[str, Tensor], optimizer: Optimizer | None = None, seed: int = 0) -> TrainState:
         """A state with given weights: whole tensors (or DTensors) by name; `init` uses them from then on.
@@ -395,16 +394,21 @@ def _seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest(), "big")
 
 
-def _no_value(name: str, why: str) -> Diagnostic:
-    return Diagnostic(
-        code="SS406",
-        what=f"{name} has no value",
-        why=why,
-        advice=(
-            "give ss.shard the function that builds the model",
-            "give values with sharded.load(state_dict), or sharded.init(..., init={regex: function})",
-        ),
-    )
+def _without_values(found: Mapping[str, str]) -> Iterator[Diagnostic]:
+    """SS406 for names without values, once a reason."""
+    for why in dict.fromkeys(found.values()):
+        names = [name for name, reason in found.items() if reason == why]
+        kinds = folded(names)
+        yield Diagnostic(
+            code="SS406",
+            what=f"{names[0]} has no value" if len(names) == 1 else f"{len(names)} tensors have no value",
+            why=why,
+            matches=", ".join(kinds) if len(names) > 1 else "",
+            advice=(
+                "give ss.shard the function that builds the model",
+                "give values with sharded.load(state_dict), or sharded.init(..., init={regex: function})",
+            ),
+        )
 
 
 def shard(

@@ -26,13 +26,14 @@ Metrics = dict[str, Tensor]
 class Sums:
     """What a rank has after its microbatches: loss and weight, summed over them but not over ranks."""
 
-    loss: Any = 0.0
-    weight: Any = 0.0
+    loss: Any = None
+    weight: Any = None
 
     def add(self, loss: Any, weight: Any) -> None:
         """Add a microbatch's."""
-        self.loss = self.loss + (loss.detach() if isinstance(loss, Tensor) else loss)
-        self.weight = self.weight + (weight.detach() if isinstance(weight, Tensor) else weight)
+        loss, weight = (item.detach() if isinstance(item, Tensor) else item for item in (loss, weight))
+        self.loss = loss if self.loss is None else self.loss + loss
+        self.weight = weight if self.weight is None else self.weight + weight
 
 
 def run(sharded: Sharded, plan: Plan, batch: Batch, loss_fn: LossFn, *, rng: int = 0, backward: bool) -> Sums:
@@ -105,11 +106,11 @@ def squared_norm(sharded: Sharded, params: Mapping[str, ParamPlan], grads: Mappi
     for name, grad in grads.items():
         if grad.numel():
             groups.setdefault((sharing_degree(sharded, params[name]), grad.dtype), []).append(grad)
-    total = torch.zeros((), dtype=torch.float64, device=sharded.fabric.device)
-    for (copies, _), parts in groups.items():
-        norms = torch.stack(foreach_norm(parts)).to(torch.float64)
-        total = total + norms.square().sum() / copies
-    return total
+    shares = [
+        torch.stack(foreach_norm(parts)).to(torch.float64).square().sum() / copies
+        for (copies, _), parts in groups.items()
+    ]
+    return sum(shares[1:], shares[0]) if shares else sharded.fabric.zero()
 
 
 def reduce_scalars(
@@ -117,16 +118,15 @@ def reduce_scalars(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss's sum, its weight and the squared norm over all ranks, in one all-reduce of three numbers."""
     device = sharded.fabric.device
-    shares = [
-        _scalar(sums.loss, device) / _copies(sharded, loss.sum_axes),
-        _scalar(sums.weight, device) / _copies(sharded, loss.weight_axes),
-        torch.zeros((), dtype=torch.float64, device=device) if square is None else square,
-    ]
+    total, weight = _scalar(sums.loss, device), _scalar(sums.weight, device)
+    square = sharded.fabric.zero() if square is None else square
+    if sharded.mesh.world == 1:
+        return total, weight, square
+    shares = [total / _copies(sharded, loss.sum_axes), weight / _copies(sharded, loss.weight_axes), square]
     packed = torch.stack(shares)
-    if sharded.mesh.world > 1:
-        dist.all_reduce(packed, group=sharded.fabric.group(sharded.mesh.axes))
-    total, weight, squared = packed.unbind()
-    return total, weight, squared
+    dist.all_reduce(packed, group=sharded.fabric.group(sharded.mesh.axes))
+    total, weight, square = packed.unbind()
+    return total, weight, square
 
 
 def _scalar(value: Any, device: torch.device) -> Tensor:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from shardspec.arguments import kind_of
 from shardspec.diagnostics import Diagnostic
 from shardspec.plan import ParamPlan
-from shardspec.runtime.arguments import kind_of
 
 
 def misfits(state_dict: Mapping[str, Tensor], params: Mapping[str, ParamPlan]) -> list[Diagnostic]:

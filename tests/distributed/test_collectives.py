@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import shardspec as ss
+from models.llama.rules import WITHOUT_SP
 from shardspec.mesh import AXES
 from tests.distributed import parity
 from tests.distributed.harness import CollectiveLog, run_ranks
@@ -69,3 +70,23 @@ CASES = [
 def test_a_step_runs_the_collectives_of_its_plan(case: parity.Case):
     for expected, ran in run_ranks(case.world, compare_step, case):
         assert ran == expected
+
+
+def test_a_layer_without_sequence_parallelism_has_two_all_reduces_in_backward():
+    def count(rank: int, world: int) -> tuple[int, int]:
+        torch.set_default_dtype(torch.float64)
+        make = lambda: parity.make_model(parity.make_config(tied=False))  # noqa: E731
+        sharded = ss.shard(make, WITHOUT_SP, ss.Mesh(tp=2))
+        params, batch = sharded.init(ss.sgd(lr=1e-3)).params, sharded.local_batch(parity.make_batch(0))
+        grad_fn = sharded.value_and_grad(parity.loss_fn)
+        with CollectiveLog() as log:
+            grad_fn(params, batch)
+        rows = sharded.program(batch, parity.loss_fn).collectives
+        backward = sum(row.count for row in rows if row.phase == "backward")
+        stream = parity.ROWS * parity.SEQ * parity.SIZES["dim"] * 8
+        return sum(call.bytes == stream for call in log.collectives), backward
+
+    layers, embedding, head = parity.SIZES["n_layers"], 1, 1
+    for ran, backward in run_ranks(2, count):
+        assert backward == 2 * layers + head
+        assert ran == 2 * layers + embedding + backward

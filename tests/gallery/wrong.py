@@ -434,7 +434,7 @@ def the_width_of_a_head_is_split():
     return Case(rules=rules)
 
 
-@wrong("SS302", r"norm)\.weight")
+@wrong("SS304", r"norm)\.weight")
 def a_norms_weight_that_is_split():
     return Case(rules=WITHOUT_SP.override(params={r"(layers\.\d+\.\w+_norm|norm)\.weight": "D@tp"}))
 
@@ -613,7 +613,7 @@ def a_norm_over_all_heads():
     return Case(model=model, rules=RULES.override(params={r"layers\.\d+\.attention\.q_norm\.weight": "(H@tp hd)"}))
 
 
-@wrong("SS302 SS304", r"q_norm\.weight")
+@wrong("SS304", "rms_norm needs the whole of dim 2 of layers.0.attention.wq")
 def a_norm_over_all_heads_with_a_whole_weight():
     model = with_parts(attention=parts.NormOverAllHeads)
     return Case(model=model, rules=RULES.override(params={r"layers\.\d+\.attention\.q_norm\.weight": "(H hd)"}))
