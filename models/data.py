@@ -65,9 +65,7 @@ def train_batch(text: np.ndarray, *, seed: int, step: int, batch: int, seq: int)
     return windows(text, rng.integers(0, len(text) - seq, size=batch), seq)
 
 
-def validation_batches(
-    text: np.ndarray, *, count: int, batch: int, seq: int
-) -> list[dict[str, torch.Tensor]]:
+def validation_batches(text: np.ndarray, *, count: int, batch: int, seq: int) -> list[dict[str, torch.Tensor]]:
     """Return `count` fixed global batches whose windows lie evenly over `text`."""
     starts = np.linspace(0, len(text) - seq - 1, count * batch).astype(np.int64)
     return [windows(text, part, seq) for part in starts.reshape(count, batch)]

@@ -71,9 +71,7 @@ class Report:
         self._done = self._pending[-1][0]
         self._pending.clear()
         if self._live is not None:
-            self._live.update(
-                self._live.task_ids[0], completed=self._done, loss=self.loss, rate=self.tokens_per_second
-            )
+            self._live.update(self._live.task_ids[0], completed=self._done, loss=self.loss, rate=self.tokens_per_second)
         elif self._file is not None:
             print(self._line(), flush=True)
 

@@ -91,9 +91,7 @@ def test_a_gradient_that_two_parameters_share_is_divided_once_for_each():
     for dtype in (torch.float64, torch.float32):
         params = {"a": torch.ones(4, dtype=dtype), "b": torch.ones(4, dtype=dtype)}
         grad = torch.full((4,), 8.0, dtype=dtype)
-        optim.sgd(lr=1.0).apply_(
-            params, {"a": grad, "b": grad}, {"step": torch.zeros(())}, 1, scale=torch.tensor(4.0)
-        )
+        optim.sgd(lr=1.0).apply_(params, {"a": grad, "b": grad}, {"step": torch.zeros(())}, 1, scale=torch.tensor(4.0))
         assert params["a"].tolist() == params["b"].tolist() == [-1.0] * 4
 
 

@@ -60,9 +60,7 @@ def shard(tensor, rank, world):
 
 def reference(logits, labels, ignore_index=-100):
     whole = logits.clone().requires_grad_()
-    total = F.cross_entropy(
-        whole.flatten(0, -2), labels.flatten(), reduction="sum", ignore_index=ignore_index
-    )
+    total = F.cross_entropy(whole.flatten(0, -2), labels.flatten(), reduction="sum", ignore_index=ignore_index)
     (grad,) = torch.autograd.grad(2.5 * total, whole)
     return total.detach(), grad
 
@@ -166,9 +164,7 @@ def test_only_the_logits_are_saved_at_their_size():
     assert [t.data_ptr() for t in large] == [logits.data_ptr()]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "of_pair"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)]
-)
+@pytest.mark.parametrize(("dtype", "of_pair"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
 def test_the_plain_form_returns_sum_and_weight(dtype, of_pair):
     logits = draw(4, 3, V, dtype=dtype)
     total, weight = cross_entropy(logits, LABELS)

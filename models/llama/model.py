@@ -33,9 +33,7 @@ class LlamaConfig:
     rope_scale: float = 1.0
     norm_eps: float = 1e-5
     tied: bool = False
-    head_dim: int = attrs.field(
-        default=attrs.Factory(lambda self: self.dim // self.n_heads, takes_self=True)
-    )
+    head_dim: int = attrs.field(default=attrs.Factory(lambda self: self.dim // self.n_heads, takes_self=True))
 
 
 class Linear(nn.Linear):

@@ -267,7 +267,7 @@ class Sharded:
             part = local_part(whole, self.params[name].layout, self.fabric.coordinate, self.mesh)
             self.buffers[name] = part.detach().to(self.fabric.device, copy=True)
         self.local.lend_buffers(self.buffers)
-        settle(self._hollow_buffers())
+        settle(_without_values(self._hollow_buffers()))
         locals_ = {name: self._initial(name, seed, {}) for name in self.local.params}
         return self.state(locals_, optimizer, seed)
 
