@@ -54,6 +54,12 @@ class Aliases:
             self.families[id(made)] = family
 
 
+def written(tensor: Tensor, part: Tensor) -> Tensor:
+    """The `func` of a node that stands for a tensor some of whose elements a write to another name has changed."""
+    del part
+    return tensor
+
+
 def storage_of(tensor: Tensor) -> int:
     """What tells storages apart; meta tensors have one too."""
     return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]

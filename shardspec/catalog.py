@@ -330,7 +330,8 @@ nothing forward and sums the shares backward. A tied weight needs both its uses 
         explanation="""\
 The gradient of a stored parameter is reduce-scattered: summed over the storage axes. That is right where
 each of those ranks has a share of it, because they read different rows (fsdp) or different parts of the
-sequence (cp). Here every rank already has the whole gradient, and the sum would multiply it.
+sequence (cp). Here every rank already has the whole gradient, and the sum would multiply it. The same goes for
+dp: what is stored over fsdp is summed over its replicas too.
 Take the axis off the parameter, or split what it is used with over the same axis.""",
         wrong='r"output\\.weight": "V@cp D"      # and cp on no activation',
         right='r"output\\.weight": "V@cp D"      r"tokens|labels": "B S@cp"',
@@ -423,6 +424,18 @@ belongs to the one element that is largest of all; each rank would send it to th
 Detach what the maximum is taken of, as the usual stabilising of a softmax may; or gather the dim first.""",
         wrong='top = ss.name(logits.amax(-1, keepdim=True), "top")',
         right='top = ss.name(logits.detach().amax(-1, keepdim=True), "top")',
+    ),
+    CodeEntry(
+        code="SS317",
+        title="a point that is passed twice and would do two things",
+        explanation="""\
+A module runs more than once, and a rule stands at its input or output. What such a point moves, forward or
+backward, is fixed by its name; here the calls would need different moves: their inputs are laid out differently,
+or one call's gradient is a share and another's the whole. With the moves of one, the other would be wrong.
+Declare the activations that the calls are made from and that they feed, so that both see the same layouts; a
+point behind the uses (`attention:in`) is often the better place than the shared module itself.""",
+        wrong='r"layers\\.\\d+\\.attention_norm": "B S D"      # it feeds attention, and the residual too',
+        right='r"layers\\.\\d+\\.attention:in": "B S D"',
     ),
     CodeEntry(
         code="SS401",

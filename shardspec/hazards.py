@@ -10,7 +10,7 @@ from shardspec.cotangent import Backward
 from shardspec.diagnostics import Diagnostic, Location
 from shardspec.infer import TypedGraph, absolute, producer
 from shardspec.layout import MAX, MIN
-from shardspec.lower import calls
+from shardspec.lower import Passed, calls, passed_points
 from shardspec.plan import ParamPlan, UnitPlan
 from shardspec.program import Node, tensors
 from shardspec.rules.match import as_pattern, fold
@@ -18,12 +18,13 @@ from shardspec.stages import TypedProgram
 
 
 def hazards(typed: TypedProgram, params: Mapping[str, ParamPlan], units: Sequence[UnitPlan]) -> Iterator[Diagnostic]:
-    """SS216, SS314 and SS316, each place in the model once."""
+    """SS216, SS314, SS316 and SS317, each place in the model once."""
     told: set[tuple[str, Location]] = set()
     for found in (
         *gradients_of_maxima(typed),
         *reads_outside_units(typed, params, units),
         *writes_across(typed, params, units),
+        *passages_that_differ(typed),
     ):
         place = (found.code, found.locations[0])
         if place not in told:
@@ -46,6 +47,30 @@ def gradients_of_maxima(typed: TypedProgram) -> Iterator[Diagnostic]:
                         locations=(node.location, step.entry.location),
                         advice=(f"detach what the {kind} is taken of, or gather it before",),
                     )
+
+
+def passages_that_differ(typed: TypedProgram) -> Iterator[Diagnostic]:
+    """SS317 for a point that is passed more than once and would have to do another thing each time."""
+    first: dict[str, tuple[Passed, TypedGraph, int]] = {}
+    for name, passed, graph, position in passed_points(typed):
+        known = first.setdefault(name, (passed, graph, position))
+        if known[0][1] is None and known[0][0] == passed[0]:
+            first[name] = passed, graph, position
+        elif known[0][0] != passed[0] or passed[1] not in (None, known[0][1]):
+            one, two = known[1].graph.nodes[known[2]], graph.graph.nodes[position]
+            way = "forward" if known[0][0] != passed[0] else "backward"
+            yield Diagnostic(
+                code="SS317",
+                what=f"{fold(name)} is passed more than once, and {way} it would have to move something else each time",
+                why=f"{_moves(known[0], way)} at {one.location.file}:{one.location.line}, {_moves(passed, way)} here",
+                locations=(two.location, graph.transitions[position].entry.location),
+                advice=("declare the activations that the calls are made from, so that they are laid out alike",),
+            )
+
+
+def _moves(passed: Passed, way: str) -> str:
+    moves = passed[0] if way == "forward" else passed[1] or ()
+    return " then ".join(f"{move.kind} over {move.axis}" for move in moves) or "nothing"
 
 
 def reads_outside_units(

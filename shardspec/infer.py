@@ -474,6 +474,7 @@ def _is_view_or_fill(call: Call) -> bool:
         "expand",
         "broadcast_to",
         "expand_as",
+        "repeat",
         "slice",
         "narrow",
         "split",

@@ -15,6 +15,7 @@ from shardspec.diagnostics import Diagnostic, Location
 from shardspec.infer import TypedGraph, absolute
 from shardspec.layout import Layout, dim_axes
 from shardspec.mesh import AXES, BATCH_AXES, Mesh, degree
+from shardspec.moves import Move
 from shardspec.placement import part_shape
 from shardspec.plan import ActivationPlan, Collective, LossPlan, ParamPlan, PointPlan, Substitution, UnitPlan
 from shardspec.policy import Policy, chosen
@@ -111,7 +112,10 @@ def lower_params(
 def check_storage(
     params: Mapping[str, ParamPlan], owed: Mapping[str, frozenset[str]], claims: Claims
 ) -> Iterator[Diagnostic]:
-    """SS308 for storage over an axis on which the gradient is complete already; SS209 for a stored buffer."""
+    """SS308 for storage over an axis on which the gradient is complete already; SS209 for a stored buffer.
+
+    FSDP2 sums the gradients of what it stores over dp too, so that dp must be owed as well.
+    """
     seen: set[tuple[str, str]] = set()
     for name, plan in params.items():
         entry = claims.params[name].entry
@@ -124,29 +128,46 @@ def check_storage(
                 locations=(entry.location,),
                 hints=(change(entry, without_axes(entry.spec, STORAGE_AXES)),),
             )
-        for axis in plan.storage if plan.first in owed else ():
+        summed = (*plan.storage, "dp") if plan.storage and "dp" in plan.mesh_sizes else plan.storage
+        for axis in summed if plan.first in owed else ():
             if axis not in owed[plan.first] and (plan.rule, axis) not in seen:
                 seen.add((plan.rule, axis))
+                off = plan.storage if axis == "dp" else (axis,)
+                where = f"over {', '.join(off)}" + (" in replicas over dp" if axis == "dp" else "")
                 yield Diagnostic(
                     code="SS308",
-                    what=f"{name} is stored over {axis}, and its gradient is complete there",
-                    why=f"its gradient would be summed over {axis}, where every rank already holds the whole of it",
+                    what=f"{name} is stored {where}, and its gradient is complete over {axis}",
+                    why=f"fully_shard would sum its gradient over {axis}, where every rank already holds all of it",
                     locations=(entry.location,),
-                    advice=(f"take {axis} off the rule, or split what it is used with over {axis}",),
-                    hints=(change(entry, without_axes(entry.spec, (axis,))),),
+                    advice=(f"take {', '.join(off)} off the rule, or split what it is used with over {axis}",),
+                    hints=(change(entry, without_axes(entry.spec, off)),),
                 )
 
 
 def lower_points(typed: TypedProgram) -> dict[str, PointPlan]:
-    """Name -> what the runtime does there, for the points that do anything."""
+    """Name -> what the runtime does there, for the points that do anything.
+
+    Where a module runs more than once, a call that no gradient passes takes what the others do.
+    """
     points: dict[str, PointPlan] = {}
+    for name, passed, _, _ in passed_points(typed):
+        forward, backward = passed
+        if (forward or backward) and (name not in points or backward):
+            points[name] = PointPlan(name=name, forward=forward, backward=backward or ())
+    return points
+
+
+Passed = tuple[tuple[Move, ...], tuple[Move, ...] | None]
+"""What one passage of a point moves forward, and backward; None where no gradient passes it."""
+
+
+def passed_points(typed: TypedProgram) -> Iterator[tuple[str, Passed, TypedGraph, int]]:
+    """Each passage of a declared point: its name, what moves there, its graph and its place there."""
     for fqn, graph, back in calls(typed.forward, typed.backward, ""):
         for position, step in graph.transitions.items():
-            name = absolute(fqn, graph.names[position])
-            backward = back.moves.get(position, ()) if back else ()
-            if step.moves or backward:
-                points[name] = PointPlan(name=name, forward=step.moves, backward=backward)
-    return points
+            alive = back is not None and position in back.alive
+            backward = back.moves.get(position, ()) if back is not None and alive else None
+            yield absolute(fqn, graph.names[position]), (step.moves, backward), graph, position
 
 
 def point_collectives(typed: TypedProgram, again: tuple[str, ...]) -> Iterator[Collective]:

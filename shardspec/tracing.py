@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from attrs import define, field
+from attrs import define, evolve, field
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from shardspec import functional
-from shardspec.aliasing import PARAMETER_WRITE, Aliases, writes
+from shardspec.aliasing import PARAMETER_WRITE, Aliases, writes, written
 from shardspec.diagnostics import Location, shorten
 from shardspec.nests import distinct, tensor_leaves
 from shardspec.program import Block, Graph, Node, Program, Ref, Value, tensors
@@ -178,7 +178,7 @@ class Tracer(TorchDispatchMode):
         node.custom = in_custom_function()
         mutated = writes(func)
         if mutated:
-            node.unsafe = self._write(args[0])
+            node.unsafe = self._write(_target(outs, args))
         indices: list[int | None] = []
         for made, constant in zip(outs, datas, strict=False):
             if not isinstance(made, torch.Tensor):
@@ -192,14 +192,32 @@ class Tracer(TorchDispatchMode):
                 outs = tuple(tensor if one is made else one for one in outs)
                 out = tensor if isinstance(out, torch.Tensor) else outs
             indices.append(self.enter(tensor, Value(tuple(tensor.shape), tensor.dtype, data=constant)))
-            if mutated:
-                # Every other name of the tensor stands for the new value too.
-                for name_id in self.aliases.family(tensor).whole & self.frame.ids.keys():
-                    self.frame.ids[name_id] = indices[-1] or 0
         node.outputs = tuple(indices)
-        if not mutated:
+        if mutated:
+            self._rename(_target(outs, args), node)
+        else:
             self.aliases.observe(func, args, out)
         return out
+
+    def _rename(self, target: torch.Tensor, node: Node) -> None:
+        """Every other name of a tensor that was written to stands for a new value, which depends on the write."""
+        ids, graph, new = self.frame.ids, self.frame.graph, self.frame.ids.get(id(target))
+        if new is None:
+            return
+        family = self.aliases.family(target)
+        same = family.whole if id(target) in family.whole else {id(target)}
+        others: dict[int, list[int]] = {}
+        for member in (family.whole | family.parts) & ids.keys():
+            if member in same:
+                ids[member] = new
+            else:
+                others.setdefault(ids[member], []).append(member)
+        for old, members in sorted(others.items()):
+            value = graph.values[old]
+            index = graph.add(Value(value.shape, value.dtype))
+            changed = {"args": (Ref(old), Ref(new)), "kwargs": {}, "outputs": (index,), "unsafe": ""}
+            graph.nodes.append(evolve(node, op="written", func=written, **changed))
+            ids.update(dict.fromkeys(members, index))
 
     def _write(self, target: torch.Tensor) -> str:
         """Why the typing cannot follow a write to a tensor, or nothing; what was known of its values is forgotten."""
@@ -390,6 +408,11 @@ class Whole(TorchFunctionMode):
             self.tracer.muted = False
             return self.tracer.append(func, func.__name__, args, kwargs, out)
         return func(*args, **kwargs)
+
+
+def _target(outs: Any, args: Any) -> torch.Tensor:
+    """The tensor that an operator writes to: it gives it back, as an operand or as `out=`."""
+    return next((out for out in outs if isinstance(out, torch.Tensor)), args[0])
 
 
 def is_block(fqn: str) -> bool:

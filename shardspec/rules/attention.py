@@ -1,5 +1,7 @@
 """Attention, taken whole: batch and heads may be split, sequence and features may not."""
 
+from collections.abc import Sequence
+
 import torch
 
 from shardspec.layout import DimLayout, Layout, dim_axes, dim_text
@@ -17,7 +19,7 @@ def attention(call: Call) -> Typed:
     if grouped:
         _check_groups(call)
         call.types = (original[0], *(_with_heads(kind, original[0]) for kind in original[1:3]), *original[3:])
-    names = [_names(call, operand) for operand in range(3)]
+    names = [_names(call.shape(operand), grouped) for operand in range(3)]
     labels = [[*names[0], "L", "E"], [*names[1], "S", "E"], [*names[2], "S", "Ev"]]
     if isinstance(call.named.get("attn_mask"), Ref):
         mask = call.shape(3)
@@ -40,11 +42,11 @@ def _with_heads(kind: Type, queries: Type) -> Type:
     return Type(Layout(dims, kind.layout.pending), kind.uniform)
 
 
-def _names(call: Call, operand: int) -> list[Label]:
-    shape = call.shape(operand)
+def _names(shape: Sequence[int], grouped: bool) -> list[Label]:
+    """Labels of batch and heads; of size one they broadcast, but for the heads of a group."""
+    heads = len(shape) - 3 if grouped else None
     return [
-        None if size == 1 and index != len(shape) - 3 else ("b", index - len(shape))
-        for index, size in enumerate(shape[:-2])
+        None if size == 1 and index != heads else ("b", index - len(shape)) for index, size in enumerate(shape[:-2])
     ]
 
 

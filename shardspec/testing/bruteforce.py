@@ -7,6 +7,7 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor, nn
 
+from shardspec.aliasing import writes
 from shardspec.cotangent import Cotangents
 from shardspec.diagnostics import ShardingError
 from shardspec.functional import cross_entropy
@@ -245,6 +246,9 @@ class _Trial:
                 length = layout.shape[dim]
                 if tensor.shape[dim] != length:
                     tensor = tensor.narrow(dim, 0, 1).expand(*tensor.shape[:dim], length, *tensor.shape[dim + 1 :])
+            if tensor is not self.values[ref.index][at] and writes(node.func):
+                # What is written to was made in its local size, and its other names must see the write.
+                self.values[ref.index][at] = tensor = tensor.clone()
             return tensor
 
         return read

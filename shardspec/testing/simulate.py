@@ -41,7 +41,8 @@ def part(whole: Tensor, layout: Layout, place: Mapping[str, int], sizes: Sizes) 
 def scatter(whole: Tensor, layout: Layout, sizes: Sizes, seed: int = 0) -> Ranks:
     """What every rank holds of a value; where it is pending, a random share."""
     generator = torch.Generator().manual_seed(seed)
-    held = _shares(whole, layout.pending, sizes, generator)
+    exact = bool(whole.numel()) and bool((whole.remainder(SHARE_UNIT) == 0).all())
+    held = _shares(whole, layout.pending, sizes, generator, SHARE_UNIT if exact else 1)
     ranks: Ranks = {}
     for coordinate in coordinates(sizes):
         place = dict(coordinate)
@@ -51,11 +52,11 @@ def scatter(whole: Tensor, layout: Layout, sizes: Sizes, seed: int = 0) -> Ranks
 
 
 SHARE_UNIT = 12**4
-"""Random shares are multiples of this: a mean over up to 24 ranks, twice, stays a whole number, and so exact."""
+"""Values that are multiples of this get shares that are: means over up to 24 ranks, twice, stay whole, and exact."""
 
 
 def _shares(
-    whole: Tensor, pending: Sequence[tuple[str, str]], sizes: Sizes, generator: torch.Generator
+    whole: Tensor, pending: Sequence[tuple[str, str]], sizes: Sizes, generator: torch.Generator, unit: int
 ) -> dict[tuple[int, ...], Tensor]:
     """A share for each index along the pending axes, of which the reductions give the value."""
     if not pending:
@@ -67,17 +68,16 @@ def _shares(
         return torch.randint(low, high, whole.shape, generator=generator).to(whole.dtype)
 
     if kind in (SUM, AVG):
-        unit = SHARE_UNIT if whole.numel() and whole.abs().max() > SHARE_UNIT else 1
         shares = [unit * noise(-9, 9) for _ in range(n - 1)]
         shares.append(whole * (n if kind == AVG else 1) - sum(shares, torch.zeros_like(whole)))
     else:
         holder = torch.randint(0, n, whole.shape, generator=generator)
-        beside = [whole - noise(0, 9) if kind == MAX else whole + noise(0, 9) for _ in range(n)]
+        beside = [whole - unit * noise(0, 9) if kind == MAX else whole + unit * noise(0, 9) for _ in range(n)]
         shares = [torch.where(holder == index, whole, other) for index, other in enumerate(beside)]
     return {
         (index, *key): value
         for index, share in enumerate(shares)
-        for key, value in _shares(share, rest, sizes, generator).items()
+        for key, value in _shares(share, rest, sizes, generator, unit).items()
     }
 
 

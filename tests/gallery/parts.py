@@ -314,6 +314,20 @@ class WritesToItsInput(Block):
         return super().forward(x_BSD.mul_(0.5), cos_S1d, sin_S1d)
 
 
+class WritesToItsNorm(Projected):
+    def forward(self, x_BSD: Tensor, cos_S1d: Tensor, sin_S1d: Tensor) -> Tensor:
+        return super().forward(x_BSD.mul_(0.5), cos_S1d, sin_S1d)
+
+
+class UsesItsNormAgain(Block):
+    """Feeds the norm of its input to attention and then to the feed-forward."""
+
+    def forward(self, x_BSD: Tensor, cos_S1d: Tensor, sin_S1d: Tensor) -> Tensor:
+        n_BSD = self.attention_norm(x_BSD)
+        h_BSD = x_BSD + self.attention(n_BSD, cos_S1d, sin_S1d)
+        return h_BSD + self.feed_forward(self.ffn_norm(h_BSD) + n_BSD)
+
+
 class TakesALength(Block):
     def forward(self, x_BSD: Tensor, cos_S1d: Tensor, sin_S1d: Tensor, rows: int = 1) -> Tensor:
         return super().forward(x_BSD * (1 / rows), cos_S1d, sin_S1d)
@@ -387,6 +401,15 @@ class HandWrittenNorm(Block):
         return h_BSD + self.feed_forward(self.ffn_norm(h_BSD))
 
 
+class NormUsedTwice(Block):
+    """Its attention norm feeds attention, and the residual too."""
+
+    def forward(self, x_BSD: Tensor, cos_S1d: Tensor, sin_S1d: Tensor) -> Tensor:
+        both_BSD = self.attention(self.attention_norm(x_BSD), cos_S1d, sin_S1d)
+        h_BSD = self.attention_norm(x_BSD) + both_BSD
+        return h_BSD + self.feed_forward(self.ffn_norm(h_BSD))
+
+
 # The whole model
 
 
@@ -457,6 +480,13 @@ class ScaledByItsDetachedMaximum(Llama):
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         logits_BSV = super().forward(tokens, positions)
         return logits_BSV * ss.name(logits_BSV.detach().amax(-1, keepdim=True), "top")
+
+
+class ReadsItselfWithoutAGradient(Llama):
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        with torch.no_grad():
+            before_BSV = super().forward(tokens, positions)
+        return super().forward(tokens, positions) + before_BSV
 
 
 class EveryLayerTwice(Llama):

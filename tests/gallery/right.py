@@ -440,6 +440,16 @@ def a_bias_expanded_over_the_batch():
 
 
 @right
+def a_norm_that_is_used_twice():
+    return Case(model=with_parts(block=parts.NormUsedTwice))
+
+
+@right
+def a_model_that_reads_itself_without_a_gradient():
+    return Case(model=with_parts(model=parts.ReadsItselfWithoutAGradient))
+
+
+@right
 def layers_that_run_twice():
     return Case(model=with_parts(model=parts.EveryLayerTwice))
 

@@ -502,7 +502,7 @@ def a_tied_weight_used_inside_and_outside_sequence_parallelism():
     return Case(model=llama(tied=True), rules=rules, loss=None)
 
 
-@wrong("SS308", "its gradient is complete there")
+@wrong("SS308", "its gradient is complete over cp")
 def storage_over_an_axis_that_owes_nothing():
     rules = RULES.override(
         drop=[r"positions"],
@@ -515,6 +515,12 @@ def storage_over_an_axis_that_owes_nothing():
         },
     )
     return Case(rules=rules, mesh="cp=2,tp=2")
+
+
+@wrong("SS308", "its gradient is complete over dp")
+def replicas_that_read_the_same_rows_between_two_points():
+    rules = RULES.override(activations={BLOCKS: "B@fsdp S@(cp,tp) D"})
+    return Case(rules=rules, mesh="dp=2,fsdp=2")
 
 
 # Context parallelism
@@ -807,6 +813,27 @@ def a_backward_of_ones_own():
 def a_gradient_through_a_maximum_over_a_split_vocabulary():
     rules = RULES.override(activations={r"top": "B@(dp,fsdp) S@cp 1"})
     return Case(model=with_parts(model=parts.ScaledByItsMaximum), rules=rules)
+
+
+@wrong("SS317", "layers.*.attention_norm is passed more than once")
+def a_norm_whose_uses_owe_differently():
+    rules = WITHOUT_SP.override(
+        drop=[INPUTS], activations={r"layers\.\d+\.attention_norm|layers\.\d+\.feed_forward:in|output:in": WHOLE}
+    )
+    return Case(model=with_parts(block=parts.NormUsedTwice), rules=rules)
+
+
+@wrong("SS305", "scale_grad_by_freq=True")
+def gradients_scaled_by_counts_in_the_batch():
+    def change(model: torch.nn.Module) -> None:
+        model.tok_embeddings.scale_grad_by_freq = True
+
+    return Case(model=llama(change))
+
+
+@wrong("SS314", "writes in place to layers.0.attention:in, and what it was made from is read again")
+def a_write_to_a_gathered_copy():
+    return Case(model=with_parts(block=parts.UsesItsNormAgain, attention=parts.WritesToItsNorm))
 
 
 @wrong("SS216", "layers.0.attention_norm.weight is read in layers.0, outside its unit")
