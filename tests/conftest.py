@@ -1,4 +1,4 @@
-"""`make test` gives one answer for one commit: hypothesis draws the same examples each time, with no time limit on one."""
+"""`make test` gives one answer for one commit: hypothesis draws the same examples, with no limit on time."""
 
 from hypothesis import settings
 

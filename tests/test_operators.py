@@ -344,6 +344,7 @@ INDEXING = [
     case("index by two", "v! v! d, b, b", plain(lambda x, i, j: x[i, j]), " vv"),
     case("index by two that broadcast", "v! v!, b 1, s", plain(lambda x, i, j: x[i, j]), " vv"),
     case("index apart", "v! s v!, b, b", plain(lambda x, i, j: x[i, :, j]), " vv"),
+    case("index apart, behind", "b v! s v!, d, d", plain(lambda x, i, j: x[:, i, :, j]), " vv"),
     case("gather", "b v!, b s!", plain(lambda x, i: x.gather(1, i)), " v"),
     case("gather of a shorter", "b v", with_sizes(lambda x, n: x.gather(0, torch.zeros(1, n.v, dtype=torch.long)))),
     case("gather one a row", "b v, b 1", plain(lambda x, i: x.gather(-1, i)), " v"),
@@ -737,6 +738,14 @@ def test_specs_that_do_not_fit_are_an_error():
 # Found by brute force
 
 
+def grouped(q: Tensor, k: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+
+
+def heads(*digits: int | str) -> Layout:
+    return Layout(((), digits, (3,), (2,)))
+
+
 @pytest.mark.parametrize(
     ("op", "shapes", "layouts_", "refused"),
     [
@@ -746,6 +755,10 @@ def test_specs_that_do_not_fit_are_an_error():
         (torch.squeeze, [(2, 3)], [Layout((("tp",), (3,)))], True),
         (lambda x: x.squeeze(0), [(2, 3)], [Layout((("tp",), (3,)))], True),
         (lambda x: x.squeeze(1), [(2, 1)], [Layout((("tp",), ()))], False),
+        # Head 1 of the queries' four on rank 1 is the third of all: it reads the second of the keys' two.
+        (grouped, [(1, 8, 3, 2), (1, 4, 3, 2)], [heads(4, "tp"), heads(2, "tp")], True),
+        (grouped, [(1, 8, 3, 2), (1, 4, 3, 2)], [heads(2, "tp", 2), heads(2, "tp")], False),
+        (grouped, [(1, 8, 3, 2), (1, 4, 3, 2)], [heads("tp", 4), heads("tp", 2)], False),
         # Without elements there are no groups of dims to cut.
         (lambda x: x.view(0, 2), [(2, 0)], [Layout(((2,), (0,)))], False),
     ],

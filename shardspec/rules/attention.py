@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from shardspec.layout import DimLayout, Layout, dim_axes, dim_text
+from shardspec.layout import DimLayout, Layout, canonical, dim_axes, dim_text
 from shardspec.program import Ref
 from shardspec.rules.operator import Call, Label, Refusal, Type, Typed, rule, unify
 
@@ -51,11 +51,11 @@ def _names(shape: Sequence[int], grouped: bool) -> list[Label]:
 
 
 def _check_groups(call: Call) -> None:
-    """Query head i reads key head i // (Hq / Hk): both must be cut at the same places."""
+    """Query head i reads key head i // (Hq / Hk): the queries' heads are the keys', times the group's."""
     heads: list[DimLayout] = [call.types[operand].layout.dims[-3] for operand in range(3)]
     axes = dim_axes(heads[0])
     for operand, dim in enumerate(heads):
-        if dim_axes(dim) != axes or dim[: len(axes)] != axes:
+        if canonical((*dim, call.shape(0)[-3] // call.shape(operand)[-3])) != heads[0]:
             held = [axis for axis in (*axes, *dim_axes(dim)) if axis not in axes or axis not in dim]
             raise Refusal(
                 "SS302",

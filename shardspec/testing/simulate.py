@@ -41,7 +41,7 @@ def part(whole: Tensor, layout: Layout, place: Mapping[str, int], sizes: Sizes) 
 def scatter(whole: Tensor, layout: Layout, sizes: Sizes, seed: int = 0) -> Ranks:
     """What every rank holds of a value; where it is pending, a random share."""
     generator = torch.Generator().manual_seed(seed)
-    exact = bool(whole.numel()) and bool((whole.remainder(SHARE_UNIT) == 0).all())
+    exact = bool(layout.pending) and not whole.is_complex() and bool((whole.remainder(SHARE_UNIT) == 0).all())
     held = _shares(whole, layout.pending, sizes, generator, SHARE_UNIT if exact else 1)
     ranks: Ranks = {}
     for coordinate in coordinates(sizes):
