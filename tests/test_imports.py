@@ -30,7 +30,7 @@ LAYERS = (
     "runtime.apply",
     "runtime.sharded",
     "runtime.step",
-    "testing.simulate",
+    "testing.simulate testing.local_call",
     "testing.bruteforce",
     "testing",
     "cli",

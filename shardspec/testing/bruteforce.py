@@ -15,13 +15,14 @@ from shardspec.infer import Inference, TypedGraph
 from shardspec.layout import AVG, MAX, MIN, SUM, Layout, dim_axes
 from shardspec.mesh import Mesh
 from shardspec.nests import tensor_leaves
-from shardspec.program import Node, Program, Ref, substitute, tensors
+from shardspec.program import Node, Program, Ref, tensors
 from shardspec.recording import trace
 from shardspec.rules.fit import check_rank, layout_of, learn_sizes
 from shardspec.rules.operator import Type, named_arguments
 from shardspec.rules.parse import Entry, ParamClaim, Storage, parse_table
 from shardspec.rules.table import Rules
 from shardspec.spec import P
+from shardspec.testing.local_call import call_locally, masked_lookup
 from shardspec.testing.simulate import Ranks, coordinates, difference, group, scatter
 from shardspec.tracing import HostRead
 from shardspec.typecheck import OPERATOR_FAMILIES  # pyright: ignore[reportUnusedImport]  # noqa: F401
@@ -213,13 +214,13 @@ class _Trial:
         for at in coordinates(self.mesh.shape):
             read = self._operands(position, node, at)
             if lowering == "embedding":
-                made[at] = _masked_lookup(node, read, self._first_row(node, at))
+                made[at] = masked_lookup(node, read, self._first_row(node, at))
             elif lowering == "cross_entropy":
                 made[at] = self._gathered_loss(node, read, at)
             elif lowering:
                 raise ValueError(f"{node.op} has a local form that is not simulated: {lowering}")
             else:
-                made[at] = _call_locally(node, read, self.typed.local.get(position, {}), shapes)
+                made[at] = call_locally(node, read, self.typed.local.get(position, {}), shapes)
         outs = {at: list(out) if isinstance(out, (tuple, list)) else [out] for at, out in made.items()}
         for number, index in enumerate(node.outputs):
             if index is None:
@@ -347,55 +348,3 @@ def _fits(shape: tuple[int, ...], kind: Type) -> bool:
     return len(shape) == len(wanted) and all(
         index in kind.uniform or one == two for index, (one, two) in enumerate(zip(shape, wanted, strict=True))
     )
-
-
-VIEWS = frozenset({"view", "_unsafe_view", "reshape", "flatten", "unflatten", "view_as"})
-EXPANDS = frozenset({"expand", "broadcast_to", "expand_as"})
-FILLS = frozenset({"full", "zeros", "ones", "empty", "new_full", "new_zeros", "new_ones", "new_empty"})
-PARTS = frozenset({"split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_split", "tensor_split"})
-
-
-def _call_locally(
-    node: Node, read: Callable[[Ref], Tensor], local: Mapping[str, Any], shapes: Sequence[tuple[int, ...]]
-) -> Any:
-    """One operator on a rank's operands, with a rank's sizes for the sizes in its arguments."""
-    if not hasattr(node.func, "_schema"):
-        return node.func(*substitute(node.args, read), **substitute(node.kwargs, read))
-    named: dict[str, Any] = {name: substitute(item, read) for name, item in named_arguments(node).items()}
-    named.update({name: item for name, item in local.items() if item is not ... and name in named})
-    if named.get("device") is not None:
-        named["device"] = torch.device("cpu")
-    if node.op in VIEWS:
-        return named["self"].reshape(shapes[0])
-    if node.op in EXPANDS:
-        return named["self"].expand(shapes[0])
-    if node.op == "repeat":
-        counts = named["repeats"]
-        old = (1,) * (len(counts) - named["self"].ndim) + tuple(named["self"].shape)
-        named["repeats"] = [new // length if length else 1 for new, length in zip(shapes[0], old, strict=True)]
-    if node.op in PARTS:
-        dim = int(named.get("dim") or 0)
-        return named["self"].split([shape[dim] for shape in shapes], dim)
-    if node.op in FILLS:
-        named["size"] = list(shapes[0])
-    if node.op == "slice":
-        dim, step = int(named.get("dim") or 0), int(named.get("step") or 1)
-        start = int(named.get("start") or 0)
-        length = shapes[0][dim]
-        start = max(0, start + named["self"].shape[dim]) if start < 0 else start
-        named.update(start=start, end=start + (length - 1) * step + 1 if length else start)
-    if node.op == "narrow":
-        named["length"] = shapes[0][int(named["dim"])]
-    return node.func(**named)
-
-
-def _masked_lookup(node: Node, read: Callable[[Ref], Tensor], first: int) -> Tensor:
-    """A rank's share of an embedding whose rows it holds from `first` on: zero for what lies on others."""
-    named = {name: substitute(item, read) for name, item in named_arguments(node).items()}
-    weight, ids = named["weight"], named["indices"] - first
-    held = (ids >= 0) & (ids < weight.shape[0])
-    padding = int(named["padding_idx"])
-    rows = nn.functional.embedding(torch.where(held, ids, 0), weight)
-    if padding >= 0:
-        rows = torch.where((ids == padding - first).unsqueeze(-1), rows.detach(), rows)
-    return rows * held.unsqueeze(-1)
