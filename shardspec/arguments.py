@@ -8,7 +8,7 @@ from torch import nn
 from shardspec.diagnostics import refuse
 from shardspec.mesh import Mesh
 from shardspec.rules.table import Rules
-from shardspec.stages import Model
+from shardspec.survey import Model
 
 
 def kind_of(item: Any) -> str:

@@ -13,7 +13,7 @@ from shardspec.plan import ActivationPlan
 from shardspec.rules.fit import check_rank, dims_of, layout_of
 from shardspec.rules.match import assign
 from shardspec.rules.parse import Table
-from shardspec.stages import Survey
+from shardspec.survey import Survey
 from shardspec.tracing import HostRead
 from shardspec.twin import required_arguments
 

@@ -1,47 +1,22 @@
 """Match a table against a model: every parameter claimed, every activation that a rule names."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import nn
-
 from shardspec.diagnostics import Diagnostic
-from shardspec.infer import absolute, graphs
+from shardspec.infer import absolute
+from shardspec.kin import BLOCK, Kin, apart
 from shardspec.layout import Layout
 from shardspec.mesh import Mesh
-from shardspec.program import Program
+from shardspec.program import Graph, Program
 from shardspec.rules.fit import check_rank, layout_of, learn_sizes
 from shardspec.rules.match import assign, idle_batch_axes
 from shardspec.rules.parse import Entry, ParamClaim, Sizes, Storage, Table
-from shardspec.stages import Model, Parameter, Survey
-from shardspec.twin import forward_arguments
+from shardspec.survey import Survey, View
 
 
-def survey(model: Model) -> Survey:
-    """Name everything in a model; a function is called once, on the meta device."""
-    if not isinstance(model, nn.Module):
-        with torch.device("meta"):
-            model = model()
-    first: dict[int, str] = {}
-    found: dict[str, Parameter] = {}
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        home = first.setdefault(id(tensor), name)
-        found[name] = Parameter(tuple(tensor.shape), tensor.dtype, False, tensor.requires_grad, home)
-    lost = {
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        for name in module._non_persistent_buffers_set
-    }
-    for name, tensor in model.named_buffers(remove_duplicate=False):
-        home = first.setdefault(id(tensor), name)
-        found[name] = Parameter(tuple(tensor.shape), tensor.dtype, True, False, home, name not in lost)
-    modules = tuple(name for name, _ in model.named_modules() if name)
-    return Survey(model, found, modules, tuple(forward_arguments(model)))
-
-
-def match_params(table: Table, names: Survey, mesh: Mesh) -> tuple[dict[str, ParamClaim], Sizes, list[Diagnostic]]:
-    """Claim every parameter and buffer, and give each its layout."""
+def match_params(table: Table, names: View, mesh: Mesh) -> tuple[dict[str, ParamClaim], Sizes, list[Diagnostic]]:
+    """Claim every parameter and buffer of a view, and give each its layout."""
 
     def what(name: str) -> str:
         return "buffer" if names.parameters[name].is_buffer else "parameter"
@@ -74,7 +49,7 @@ def match_params(table: Table, names: Survey, mesh: Mesh) -> tuple[dict[str, Par
     return params, sizes, [*found, *wrong.values(), *conflicts, *uneven.values(), *ties]
 
 
-def _ties(params: Mapping[str, ParamClaim], names: Survey) -> Iterable[Diagnostic]:
+def _ties(params: Mapping[str, ParamClaim], names: View) -> Iterable[Diagnostic]:
     for name, known in names.parameters.items():
         one, two = params.get(known.first), params.get(name)
         if name == known.first or one is None or two is None:
@@ -89,15 +64,45 @@ def _ties(params: Mapping[str, ParamClaim], names: Survey) -> Iterable[Diagnosti
             )
 
 
+def point_names(program: Program, kin: Kin) -> Iterator[tuple[str, Graph]]:
+    """The graphs of a program, with the FQN that their names are relative to; of blocks that are alike, one."""
+    seen: set[tuple[int, str]] = set()
+
+    def visit(graph: Graph, fqn: str) -> Iterator[tuple[str, Graph]]:
+        yield fqn, graph
+        for node in graph.nodes:
+            if node.op == "block":
+                inner = kin.canonical(absolute(fqn, node.func.fqn))
+                if (id(node.func.block), inner) not in seen:
+                    seen.add((id(node.func.block), inner))
+                    yield from visit(node.func.block, inner)
+
+    return visit(program, "")
+
+
+def told_apart(table: Table, program: Program, kin: Kin) -> Kin:
+    """The blocks that the table's activations do not tell apart either."""
+    found: dict[str, list[str]] = {}
+    for fqn, graph in point_names(program, kin):
+        block = BLOCK.match(fqn)
+        if block is not None:
+            inner = [absolute(fqn, name) for node in graph.nodes if node.op == "point" for name in node.func]
+            found.setdefault(block.group(), []).extend(name[block.end() :] for name in inner)
+    return apart(kin, [entry.regex for entry in table.activations], lambda fqn: found.get(fqn, ()))
+
+
 def match_points(
-    table: Table, names: Survey, program: Program, sizes: Sizes, mesh: Mesh
+    table: Table, names: Survey, program: Program, sizes: Sizes, mesh: Mesh, kin: Kin
 ) -> tuple[dict[str, Entry], list[Diagnostic]]:
-    """Claim the batch entries and the activations that the program makes."""
+    """Claim the batch entries and the activations that the program makes, in blocks that stand for others.
+
+    The sizes that they tell are added to `sizes`.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     aliases: dict[str, str] = {}
     for name, index in program.entries.items():
         shapes[name] = program.values[index].shape
-    for fqn, graph in graphs(program, ""):
+    for fqn, graph in point_names(program, kin):
         for node in graph.nodes:
             if node.op == "point":
                 target = node.outputs[0]
@@ -140,12 +145,10 @@ def match_points(
             wrong.setdefault(entry, problem)
         else:
             fits.append((name, entry, shapes[name]))
-    more, conflicts = _learn_more(sizes, fits)
-    sizes.known.update(more.known)
-    sizes.place.update(more.place)
+    more, conflicts = learn_sizes(fits, sizes.known, sizes.place)
     idle = idle_batch_axes({name: claimed[name] for name in entries if name in claimed}, mesh)
-    return claimed, [*found, *wrong.values(), *conflicts, *idle]
-
-
-def _learn_more(sizes: Sizes, fits: list[tuple[str, Entry, tuple[int, ...]]]) -> tuple[Sizes, list[Diagnostic]]:
-    return learn_sizes(fits, sizes.known, sizes.place)
+    found += [*wrong.values(), *conflicts, *idle]
+    if not found:
+        sizes.known.update(more.known)
+        sizes.place.update(more.place)
+    return claimed, found

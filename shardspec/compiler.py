@@ -1,34 +1,40 @@
 """The stages, in order: parse the table, match it against the model, type the program, lower it to a plan."""
 
 import gc
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from attrs import define, evolve, field
 
 from shardspec import lower as lowering
 from shardspec.arguments import as_model, check_arguments
 from shardspec.batch import Batch, batch_key, check_inputs, entry_plans, global_shapes, host_read, microbatch_shapes
-from shardspec.claims import match_params, match_points, survey
+from shardspec.claims import match_params, match_points, told_apart
 from shardspec.constraints import Constraint
 from shardspec.diagnostics import Diagnostic, ShardingError
 from shardspec.dryrun import Difference, dry_run
 from shardspec.explain import attribute_edits, explain_differences
 from shardspec.fixes import Attempt
 from shardspec.hazards import hazards
+from shardspec.kin import Kin, kindred
 from shardspec.mesh import AXES, Mesh
-from shardspec.plan import ActivationPlan, ParamPlan, Plan, UnitPlan
+from shardspec.plan import ActivationPlan, LossPlan, ParamPlan, Plan, UnitPlan
 from shardspec.policy import Policy
 from shardspec.program import Program
 from shardspec.recording import trace
 from shardspec.rules.match import as_pattern, fold, unused_axes
 from shardspec.rules.parse import Table, parse_table
 from shardspec.rules.table import Rules
-from shardspec.stages import Claims, Model, Survey, TypedProgram
+from shardspec.stages import Claims, TypedProgram
+from shardspec.survey import Model, Survey, View, survey
 from shardspec.tracing import HostRead
 from shardspec.typecheck import typecheck
 from shardspec.units import resolve_attributes, resolve_units
+
+Looked = TypeVar("Looked", bound=tuple[Any, ...])
+"""What a stage gives, the diagnostics last."""
 
 
 @contextmanager
@@ -102,8 +108,10 @@ class Compiler:
             fix: try the edits that a diagnostic hints at.
         """
         with uncollected():
-            table, units, attributes = self.declared(mesh)
-            params, sizes, found = match_params(table, self.names, mesh)
+            table, kin = self.table(mesh)
+            _, attributes, found = self.look(kin, lambda view: self.declared(view, mesh))
+            settle(found)
+            params, sizes, found = self.look(kin, lambda view: match_params(table, view, mesh))
             batch, inputs = inputs, microbatch_shapes(table, mesh, inputs, self.policy.accumulate)
             attempt = Attempt(
                 self.rules,
@@ -114,48 +122,66 @@ class Compiler:
             )
             settle(attempt.fixed(found))
             program = self.program(inputs, loss, training)
-            points, found = match_points(table, self.names, program, sizes, mesh)
+            kin = told_apart(table, program, kin)
+            points, found = match_points(table, self.names, program, sizes, mesh, kin)
+            if found:
+                _, found = match_points(table, self.names, program, sizes, mesh, Kin())
             settle(attempt.fixed(found))
-            claims = Claims(table, params, points, sizes)
+            claims = Claims(table, kin, params, points, sizes)
             typed = typecheck(program, claims, mesh, has_loss=loss is not None)
             settle(attempt.fixed(typed.diagnostics))
-            layouts = {name: claim.layout for name, claim in params.items()}
-            differences = dry_run(self.names.model, typed.forward, program, layouts, attributes, inputs, loss, training)
+            differences = dry_run(self.names, typed.forward, program, claims, attributes, inputs, loss, training)
             found = explain_differences(differences, typed)
             if found and fix:
                 named = self.named_attributes(differences, claims, mesh, lambda other: attempt.confirm(other, mesh))
                 found = [evolve(found[0], fixes=(named,), advice=()), *found[1:]] if named else found
             settle(found)
-            try:
-                plan = assemble(typed, self.names, units, attributes, self.policy, has_loss=loss is not None)
-            except ShardingError as error:
-                raise ShardingError(attempt.fixed(error.diagnostics)) from None
-        return evolve(plan, legal=lambda world: self.legal_meshes(world, batch, loss))
+            summed, found = prove(typed, self.names.outline(typed.kin.heads), self.rules, has_loss=loss is not None)
+            settle(attempt.fixed(found))
+        return Plan.deferred(
+            mesh,
+            lambda world: self.legal_meshes(world, batch, loss),
+            lambda: assemble(typed, self.names.whole, self.rules, self.policy, summed),
+        )
 
-    def declared(self, mesh: Mesh) -> tuple[Table, tuple[UnitPlan, ...], dict[str, dict[str, int]]]:
-        """What the table says before it meets a batch: rules, units, attributes."""
+    def table(self, mesh: Mesh) -> tuple[Table, Kin]:
+        """The parsed table, and the blocks that it cannot tell apart.
+
+        Raises:
+            ShardingError: for a table that cannot be read, or that does not go with the mesh.
+        """
         table, found = parse_table(self.rules)
         settle(found)
-        first = {name: known.first for name, known in self.names.parameters.items() if not known.is_buffer}
-        units, unknown = resolve_units(self.rules, self.names.modules, first)
-        modules = dict(self.names.model.named_modules())
-        attributes, wrong = resolve_attributes(self.rules, modules, mesh.shape)
-        settle(
-            [
-                *unknown,
-                *wrong,
-                *unused_axes(table, mesh, pipelined=self.rules.pipeline is not None),
-                *unbuilt(self.rules, mesh),
-            ]
-        )
-        return table, units, attributes
+        settle([*unused_axes(table, mesh, pipelined=self.rules.pipeline is not None), *unbuilt(self.rules, mesh)])
+        return table, self.kin(table)
+
+    def kin(self, table: Table) -> Kin:
+        """The repeated blocks that no pattern of a table tells apart."""
+        units = [pattern for unit in self.rules.units for pattern in ((unit,) if isinstance(unit, str) else unit)]
+        modules = [re.compile(pattern) for pattern in (*units, *table.rules.attributes)]
+        return kindred(self.names, [entry.regex for entry in table.params], modules)
+
+    def look(self, kin: Kin, stage: Callable[[View], Looked]) -> Looked:
+        """What a stage finds in one block of each kind; where that is a mistake, in all, so that it is told in full."""
+        looked = stage(self.names.outline(kin.heads))
+        return stage(self.names.whole) if looked[-1] else looked
+
+    def declared(
+        self, view: View, mesh: Mesh
+    ) -> tuple[tuple[UnitPlan, ...], dict[str, dict[str, int]], list[Diagnostic]]:
+        """What the table says of modules: units and attributes."""
+        units, unknown = resolve_units(self.rules, view)
+        attributes, wrong = resolve_attributes(self.rules, view.modules, mesh.shape)
+        return units, attributes, [*unknown, *wrong]
 
     def static(self, mesh: Mesh) -> tuple[dict[str, ParamPlan], tuple[UnitPlan, ...], dict[str, dict[str, int]]]:
         """What holds for every batch: parameters (what they owe is not known yet), units, attributes."""
-        table, units, attributes = self.declared(mesh)
-        claims, _, found = match_params(table, self.names, mesh)
+        table, _ = self.table(mesh)
+        units, attributes, found = self.declared(self.names.whole, mesh)
         settle(found)
-        return lowering.lower_params(claims, self.names, {}, units, mesh), units, attributes
+        claims, _, found = match_params(table, self.names.whole, mesh)
+        settle(found)
+        return lowering.lower_params(claims.__getitem__, self.names.whole, lambda _: (), units, mesh), units, attributes
 
     def entries(self, mesh: Mesh, batch: Batch) -> dict[str, ActivationPlan]:
         """The plans of a global batch's entries.
@@ -164,7 +190,7 @@ class Compiler:
             ShardingError: SS202 for an entry that no rule claims, SS205 and SS301 for one that does not fit.
         """
         table, _ = parse_table(self.rules)
-        known = match_params(table, self.names, mesh)[1].known
+        known = match_params(table, self.names.outline(self.kin(table).heads), mesh)[1].known
         plans, found = entry_plans(table, known, mesh, batch)
         settle(found)
         return plans
@@ -181,7 +207,7 @@ class Compiler:
                 return program
         check_inputs(inputs, self.names)
         try:
-            program, _ = trace(self.names.model, inputs, loss, training)
+            program = trace(self.names, inputs, loss, training)
         except HostRead as error:
             raise ShardingError([host_read(error)]) from error
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
@@ -195,12 +221,14 @@ class Compiler:
         """What is wrong with other rules or on another mesh, up to the types; the trace is not made again."""
         table, found = parse_table(rules)
         if not found:
-            params, sizes, found = match_params(table, self.names, mesh)
+            kin = evolve(self, rules=rules).kin(table)
+            params, sizes, found = match_params(table, self.names.outline(kin.heads), mesh)
             if not found:
                 program = self.program(inputs, loss, training)
-                points, found = match_points(table, self.names, program, sizes, mesh)
+                kin = told_apart(table, program, kin)
+                points, found = match_points(table, self.names, program, sizes, mesh, kin)
                 if not found:
-                    claims = Claims(table, params, points, sizes)
+                    claims = Claims(table, kin, params, points, sizes)
                     found = typecheck(program, claims, mesh, has_loss=loss is not None).diagnostics
         return found
 
@@ -284,29 +312,27 @@ def unbuilt(rules: Rules, mesh: Mesh) -> Iterator[Diagnostic]:
         )
 
 
-def assemble(
-    typed: TypedProgram,
-    names: Survey,
-    units: tuple[UnitPlan, ...],
-    attributes: Mapping[str, Mapping[str, int]],
-    policy: Policy,
-    *,
-    has_loss: bool,
-) -> Plan:
-    """The plan of a typed program.
-
-    Raises:
-        ShardingError: SS307, SS308 and SS310 for gradients or a loss that no reduction makes right; what `hazards`
-            finds.
-    """
+def prove(
+    typed: TypedProgram, names: View, rules: Rules, *, has_loss: bool
+) -> tuple[LossPlan | None, list[Diagnostic]]:
+    """How the loss is summed, and what no type tells: SS307, SS308 and SS310 for gradients or a loss that no
+    reduction makes right, and what `hazards` finds."""
+    units, _ = resolve_units(rules, names)
     owed, found = lowering.owed_axes(typed, names)
-    params = lowering.lower_params(typed.claims.params, names, owed, units, typed.mesh)
-    found += [
-        *lowering.check_storage(params, owed, typed.claims),
-        *hazards(typed, params, units),
-    ]
+    params = lowering.lower_params(typed.claims.of, names, lambda first: owed.get(first, ()), units, typed.mesh)
+    found += [*lowering.check_storage(params, owed, typed.claims), *hazards(typed, params, units)]
     loss, wrong = lowering.lower_loss(typed) if has_loss else (None, [])
-    settle([*found, *wrong])
+    return loss, [*found, *wrong]
+
+
+def assemble(typed: TypedProgram, names: View, rules: Rules, policy: Policy, loss: LossPlan | None) -> Plan:
+    """The plan of a program that is proved, written out for every layer."""
+    units, _ = resolve_units(rules, names)
+    attributes, _ = resolve_attributes(rules, names.modules, typed.mesh.shape)
+    owed = lowering.owed_axes(typed, names)[0]
+    params = lowering.lower_params(
+        typed.claims.of, names, lambda first: owed.get(typed.kin.canonical(first), ()), units, typed.mesh
+    )
     activations, entries = lowering.lower_activations(typed)
     last = lowering.last_unit(typed, units)
     collectives = lowering.folded_collectives(

@@ -13,12 +13,15 @@ from torch import nn
 
 from shardspec.diagnostics import Location
 from shardspec.infer import TypedGraph, absolute
-from shardspec.layout import Layout
+from shardspec.kin import Kin
 from shardspec.nests import distinct, tensor_leaves
 from shardspec.program import Graph, Node, Program, Ref, Value, substitute, tensors
 from shardspec.rules.operator import Type, named_arguments
+from shardspec.stages import Claims
+from shardspec.survey import Survey
+from shardspec.torch_private import no_torch_dispatch, no_torch_function
 from shardspec.tracing import HostRead, Tracer, run, user_frame
-from shardspec.twin import twin
+from shardspec.twin import Twin
 
 SILENT = frozenset({"detach", "clone", "contiguous", "alias", "lift_fresh"})
 """Operators whose presence may differ: they copy or rename."""
@@ -71,9 +74,10 @@ class Replayer(Tracer):
     """Runs the local program: declared points change shape as planned, verified blocks are skipped."""
 
     def __init__(
-        self, graph: Program, model: nn.Module, typed: TypedGraph, attributes: Mapping[str, Mapping[str, int]]
+        self, graph: Program, typed: TypedGraph, attributes: Mapping[str, Mapping[str, int]], kin: Kin
     ) -> None:
-        super().__init__(graph, model)
+        super().__init__(graph)
+        self.kin = kin
         self.typed = [typed]
         self.cursor = [0]
         self.pairs = [_Pair(typed, graph, "")]
@@ -82,12 +86,6 @@ class Replayer(Tracer):
         self.entered: _Pair | None = None
         self.failed = ""
         """The module in which the local run broke off."""
-        self.frames[0].params = {}
-        for name, tensor in [
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        ]:
-            self.frames[0].params.setdefault(id(tensor), name)
 
     def _find(self, wanted: Callable[[Node], bool]) -> int | None:
         """The next node of the typed graph that answers, from where the last one was found."""
@@ -101,12 +99,10 @@ class Replayer(Tracer):
     def point(self, names: tuple[str, ...], tensor: torch.Tensor) -> torch.Tensor:
         position = self._find(lambda node: node.op == "point" and node.func == names)
         step = self.typed[-1].transitions.get(position) if position is not None else None
-        self.muted = True
-        if step is not None and step.moves:
+        if step is None or not step.moves:
+            return self.append_point(names, tensor, self.fresh(tensor))
+        with no_torch_function(), no_torch_dispatch():
             out = torch.empty(step.after.shape, dtype=tensor.dtype, device="meta")
-        else:
-            out = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        self.muted = False
         return self.append_point(names, tensor, out)
 
     def block(self, module: nn.Module, fqn: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -145,8 +141,14 @@ class Replayer(Tracer):
             self.failed = self.failed or fqn
             raise
 
+    def attach(self, fqn: str, module: nn.Module) -> None:
+        for name, value in self.attributes.get(self.kin.canonical(fqn), {}).items():
+            setattr(module, name, value)
+        super().attach(fqn, module)
+
     def _changed(self, fqn: str) -> tuple[tuple[str, str, int], ...]:
         """The attributes inside a block that have another value on a rank."""
+        fqn = self.kin.canonical(fqn)
         return tuple(
             (path.removeprefix(fqn), name, value)
             for path, named in self.attributes.items()
@@ -169,11 +171,8 @@ class Replayer(Tracer):
             index = by_output[ref.index]
             return torch.empty(inner.layout(index).shape, dtype=inner.graph.values[index].dtype, device="meta")
 
-        self.muted = True
-        try:
+        with no_torch_function(), no_torch_dispatch():
             return substitute(node.nested, make)
-        finally:
-            self.muted = False
 
 
 def constants(tree: Any) -> Any:
@@ -187,40 +186,34 @@ def constants(tree: Any) -> Any:
     return tree if isinstance(tree, (bool, int, float, str, type(None))) else id(tree)
 
 
-def local_twin(
-    model: nn.Module, layouts: Mapping[str, Layout], attributes: Mapping[str, Mapping[str, int]]
-) -> nn.Module:
-    """The model with parameters and buffers of a rank's compute shape, on meta, and local attributes."""
-
-    def place(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        local = torch.empty(layouts[name].shape, dtype=tensor.dtype, device="meta")
-        return nn.Parameter(local, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else local
-
-    local = twin(model, place)
-    for path, named in attributes.items():
-        module = local.get_submodule(path)
-        for name, value in named.items():
-            setattr(module, name, value)
-    return local
-
-
 def dry_run(
-    model: nn.Module,
+    names: Survey,
     typed: TypedGraph,
     program: Program,
-    layouts: Mapping[str, Layout],
+    claims: Claims,
     attributes: Mapping[str, Mapping[str, int]],
     inputs: Mapping[str, Any],
     loss_fn: Callable[..., Any] | None,
     training: bool | None = None,
 ) -> list[Difference]:
-    """Each place where the local program is not the image of the typed one."""
-    local = local_twin(model, layouts, attributes)
+    """Each place where the local program is not the image of the typed one.
+
+    Args:
+        attributes: module -> attribute -> what it is on a rank, in the names of blocks that stand for others.
+    """
+    image = Program()
+    tracer = Replayer(image, typed, attributes, claims.kin)
+
+    def place(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        def make() -> torch.Tensor:
+            local = torch.empty(claims.of(name).layout.shape, dtype=tensor.dtype, device="meta")
+            return nn.Parameter(local, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else local
+
+        return tracer.hold(name, make)
+
+    local = Twin(names.model, place, tracer.attach, at_once=names.tangled).root
     if training is not None:
         local.train(training)
-    image = Program()
-    tracer = Replayer(image, local, typed, attributes)
-    tracer.attach()
     batch: dict[str, Any] = {}
     for name, item in inputs.items():
         if not isinstance(item, torch.Tensor):

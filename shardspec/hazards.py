@@ -10,7 +10,7 @@ from shardspec.cotangent import Backward
 from shardspec.diagnostics import Diagnostic, Location
 from shardspec.infer import TypedGraph, absolute, producer
 from shardspec.layout import MAX, MIN
-from shardspec.lower import Passed, calls, passed_points
+from shardspec.lower import Passed, distinct_calls, passed_points
 from shardspec.plan import ParamPlan, UnitPlan
 from shardspec.program import Node, tensors
 from shardspec.rules.match import as_pattern, fold
@@ -34,7 +34,7 @@ def hazards(typed: TypedProgram, params: Mapping[str, ParamPlan], units: Sequenc
 
 def gradients_of_maxima(typed: TypedProgram) -> Iterator[Diagnostic]:
     """SS316 for a gradient that passes a maximum over ranks: it belongs to the rank that holds it alone."""
-    for fqn, graph, back in calls(typed.forward, typed.backward, ""):
+    for fqn, graph, back in distinct_calls(typed):
         for position in back.alive if back else ():
             step = graph.transitions.get(position)
             for axis, kind in step.before.pending if step else ():
@@ -52,7 +52,7 @@ def gradients_of_maxima(typed: TypedProgram) -> Iterator[Diagnostic]:
 def passages_that_differ(typed: TypedProgram) -> Iterator[Diagnostic]:
     """SS317 for a point that is passed more than once and would have to do another thing each time."""
     first: dict[str, tuple[Passed, TypedGraph, int]] = {}
-    for name, passed, graph, position in passed_points(typed):
+    for name, passed, graph, position in passed_points(distinct_calls(typed)):
         known = first.setdefault(name, (passed, graph, position))
         if known[0][1] is None and known[0][0] == passed[0]:
             first[name] = passed, graph, position
@@ -79,7 +79,7 @@ def reads_outside_units(
     """SS216 for a stored parameter that is read while its unit does not run, and so is not gathered."""
     modules = {unit.name: unit.modules for unit in units}
     known: dict[int, list[tuple[Node, str]]] = {}
-    for fqn, graph, _ in calls(typed.forward, typed.backward, ""):
+    for fqn, graph, _ in distinct_calls(typed):
         if id(graph) not in known:
             known[id(graph)] = list(parameter_reads(graph))
         for node, name in known[id(graph)]:
@@ -92,7 +92,7 @@ def reads_outside_units(
                     code="SS216",
                     what=f"{plan.first} is read in {path or 'the model'}, outside its unit {plan.unit}",
                     why=f"it is stored over {', '.join(plan.storage)}, and whole only while its unit runs",
-                    locations=(node.location, typed.claims.params[plan.first].entry.location),
+                    locations=(node.location, typed.claims.of(plan.first).entry.location),
                     advice=(
                         f'write r"{as_pattern(fold(path))}" in units in its place'
                         if path

@@ -9,6 +9,7 @@ from attrs import define, field, frozen
 
 from shardspec.aliasing import PARAMETER_WRITE, writes
 from shardspec.diagnostics import Location
+from shardspec.kin import Kin
 from shardspec.layout import Layout, Sizes
 from shardspec.moves import Move, NoTransition, transition
 from shardspec.program import Block, BlockCall, Graph, Node, Program, Ref, tensors
@@ -117,16 +118,18 @@ class Inference:
     points: dict[str, Entry]
     """Activation's name -> the rule that claims it."""
     layout_of: LayoutOf
+    kin: Kin
     issues: list[Issue] = field(factory=list)
     memo: dict[Any, tuple[TypedGraph, tuple[Type | None, ...]]] = field(factory=dict)
     stack: list[tuple[TypedGraph, int]] = field(factory=list)
-    calls: tuple[tuple[str, Graph], ...] = ()
-    """The program and every call of a block, with its FQN."""
+    keys: dict[tuple[int, str], tuple[Any, ...]] = field(factory=dict)
+    """(block, the FQN that stands for its own) -> what the table says of it."""
+    typed_program: Program | None = None
 
     def program(self, program: Program) -> TypedGraph:
         """Type the whole program; `issues` holds what was refused."""
         typed = TypedGraph(program, "", [None] * len(program.values))
-        self.calls = tuple(graphs(program, ""))
+        self.typed_program = program
         for name, index in program.entries.items():
             value = program.values[index]
             entry = self.points.get(name)
@@ -218,7 +221,7 @@ class Inference:
 
     def _block(self, typed: TypedGraph, position: int, node: Node, fqn: str) -> None:
         call: BlockCall = node.func
-        block, inner_fqn = call.block, absolute(fqn, call.fqn)
+        block, inner_fqn = call.block, self.kin.canonical(absolute(fqn, call.fqn))
         inputs = tuple(typed.types[ref.index] for ref in node.args)
         key = (id(block), inputs, self._block_key(block, inner_fqn))
         if key not in self.memo:
@@ -237,6 +240,8 @@ class Inference:
 
     def _block_key(self, block: Block, fqn: str) -> tuple[Any, ...]:
         """What the table says of a block: its parameters' layouts and the rules at its points."""
+        if (id(block), fqn) in self.keys:
+            return self.keys[id(block), fqn]
         key: list[Any] = []
         for name in block.params:
             claim = self.params.get(absolute(fqn, name))
@@ -247,17 +252,21 @@ class Inference:
                 key.append(id(entry) if entry else 0)
             elif node.op == "block":
                 key.append(self._block_key(node.func.block, absolute(fqn, node.func.fqn)))
-        return tuple(key)
+        self.keys[id(block), fqn] = tuple(key)
+        return self.keys[id(block), fqn]
 
     def blocks_like(self, typed: TypedGraph) -> list[str]:
         """The FQNs under which the table lets a block run as it does in `typed`, folded alike."""
         if not isinstance(typed.graph, Block):
             return [typed.fqn]
+        assert self.typed_program is not None, "blocks are counted once a program is typed"
         key = self._block_key(typed.graph, typed.fqn)
         return [
             fqn
-            for fqn, graph in self.calls
-            if graph is typed.graph and fold(fqn) == fold(typed.fqn) and self._block_key(typed.graph, fqn) == key
+            for fqn, graph in graphs(self.typed_program, "")
+            if graph is typed.graph
+            and fold(fqn) == fold(typed.fqn)
+            and self._block_key(typed.graph, self.kin.canonical(fqn)) == key
         ]
 
     def _refuse(

@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -24,7 +24,8 @@ from shardspec.rules.fit import dims_of, divisors
 from shardspec.rules.match import fold
 from shardspec.rules.operator import named_arguments
 from shardspec.rules.parse import STORAGE_AXES, Entry, ParamClaim, Storage, change, without_axes
-from shardspec.stages import Claims, Survey, TypedProgram
+from shardspec.stages import Claims, TypedProgram
+from shardspec.survey import View
 from shardspec.tracing import user_frame
 
 
@@ -33,13 +34,13 @@ def in_order(axes: Any) -> tuple[str, ...]:
     return tuple(axis for axis in AXES if axis in axes)
 
 
-def owed_axes(typed: TypedProgram, names: Survey) -> tuple[dict[str, frozenset[str]], list[Diagnostic]]:
+def owed_axes(typed: TypedProgram, names: View) -> tuple[dict[str, frozenset[str]], list[Diagnostic]]:
     """First name of a parameter that has a gradient -> the axes over which it is a pending sum.
 
     SS307 for one whose uses differ: a tied weight used on both sides of a split, say.
     """
     found: dict[str, dict[str, frozenset[str]]] = {}
-    for fqn, graph, back in calls(typed.forward, typed.backward, ""):
+    for fqn, graph, back in distinct_calls(typed):
         for name, index in graph.graph.params.items() if back else ():
             if back is not None and index in back.owed:
                 full = absolute(fqn, name)
@@ -56,10 +57,19 @@ def owed_axes(typed: TypedProgram, names: Survey) -> tuple[dict[str, frozenset[s
                     code="SS307",
                     what=f"the gradient of {name} is owed over {', '.join(differ)} by some of its uses only",
                     why="a sum over ranks would count the complete uses several times",
-                    locations=(typed.claims.params[name].entry.location,),
+                    locations=(typed.claims.of(name).entry.location,),
                 )
             )
     return owed, problems
+
+
+def distinct_calls(typed: TypedProgram) -> Iterator[tuple[str, TypedGraph, Backward | None]]:
+    """Every graph as it is called, of blocks that run alike one."""
+    yield "", typed.forward, typed.backward
+    for position, inner in typed.forward.calls.items():
+        fqn = typed.forward.graph.nodes[position].func.fqn
+        if typed.kin.heads.get(fqn, fqn) == fqn:
+            yield from calls(inner, typed.backward.calls.get(position), fqn)
 
 
 def calls(typed: TypedGraph, back: Backward | None, fqn: str) -> Iterator[tuple[str, TypedGraph, Backward | None]]:
@@ -72,20 +82,24 @@ def calls(typed: TypedGraph, back: Backward | None, fqn: str) -> Iterator[tuple[
 
 
 def lower_params(
-    claims: Mapping[str, ParamClaim],
-    names: Survey,
-    owed: Mapping[str, frozenset[str]],
+    claim_of: Callable[[str], ParamClaim],
+    names: View,
+    owed_by: Callable[[str], Iterable[str]],
     units: tuple[UnitPlan, ...],
     mesh: Mesh,
 ) -> dict[str, ParamPlan]:
-    """A plan for every parameter and buffer."""
+    """A plan for every parameter and buffer of a view.
+
+    Args:
+        owed_by: first name of a parameter -> the axes over which its gradient is a pending sum.
+    """
     origin = dict.fromkeys(AXES, 0)
     unit_of = {name: unit.name for unit in units for name in unit.params}
     sizes = mesh.shape
     shapes: dict[tuple[Layout, Storage], tuple[int, ...]] = {}
     plans: dict[str, ParamPlan] = {}
-    for name, claim in claims.items():
-        known = names.parameters[name]
+    for name, known in names.parameters.items():
+        claim = claim_of(name)
         key = (claim.layout, claim.storage)
         if key not in shapes:
             shapes[key] = part_shape(claim.layout, claim.storage, origin, mesh)
@@ -98,7 +112,7 @@ def lower_params(
             dtype=str(claim.dtype).removeprefix("torch."),
             storage_dim=claim.storage.dim,
             storage=claim.storage.axes,
-            owed=in_order(owed.get(known.first, ())),
+            owed=in_order(owed_by(known.first)),
             trained=claim.requires_grad,
             buffer=claim.is_buffer,
             persistent=known.persistent,
@@ -118,7 +132,7 @@ def check_storage(
     """
     seen: set[tuple[str, str]] = set()
     for name, plan in params.items():
-        entry = claims.params[name].entry
+        entry = claims.of(name).entry
         if plan.buffer and plan.storage and (plan.rule, "") not in seen:
             seen.add((plan.rule, ""))
             yield Diagnostic(
@@ -150,7 +164,7 @@ def lower_points(typed: TypedProgram) -> dict[str, PointPlan]:
     Where a module runs more than once, a call that no gradient passes takes what the others do.
     """
     points: dict[str, PointPlan] = {}
-    for name, passed, _, _ in passed_points(typed):
+    for name, passed, _, _ in passed_points(calls(typed.forward, typed.backward, "")):
         forward, backward = passed
         if (forward or backward) and (name not in points or backward):
             points[name] = PointPlan(name=name, forward=forward, backward=backward or ())
@@ -161,9 +175,11 @@ Passed = tuple[tuple[Move, ...], tuple[Move, ...] | None]
 """What one passage of a point moves forward, and backward; None where no gradient passes it."""
 
 
-def passed_points(typed: TypedProgram) -> Iterator[tuple[str, Passed, TypedGraph, int]]:
+def passed_points(
+    called: Iterable[tuple[str, TypedGraph, Backward | None]],
+) -> Iterator[tuple[str, Passed, TypedGraph, int]]:
     """Each passage of a declared point: its name, what moves there, its graph and its place there."""
-    for fqn, graph, back in calls(typed.forward, typed.backward, ""):
+    for fqn, graph, back in called:
         for position, step in graph.transitions.items():
             alive = back is not None and position in back.alive
             backward = back.moves.get(position, ()) if back is not None and alive else None

@@ -1,8 +1,8 @@
 """The plan: what a table comes to on one mesh. Frozen values only; the runtime reads nothing else."""
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
@@ -138,9 +138,12 @@ class LossPlan:
     weight_axes: tuple[str, ...] = ()
 
 
-@frozen(kw_only=True)
+@frozen(kw_only=True, slots=False)
 class Plan:
-    """A table, proved right for a model, on one mesh."""
+    """A table, proved right for a model, on one mesh.
+
+    What a plan says of each layer is written out when it is first asked for: the check itself does not need it.
+    """
 
     mesh: Mesh
     params: Mapping[str, ParamPlan]
@@ -160,6 +163,22 @@ class Plan:
     """The unit that runs last, which stays gathered until its backward."""
     legal: Any = field(default=None, eq=False, repr=False)
     """Checks another mesh; absent from a plan that was read from a file."""
+
+    @classmethod
+    def deferred(cls, mesh: Mesh, legal: Callable[[int], tuple[Mesh, ...]], write: Callable[[], "Plan"]) -> "Plan":
+        """A plan that is proved and whose rows `write` gives when one is asked for."""
+        plan = cls.__new__(cls)
+        plan.__dict__.update(mesh=mesh, legal=legal, _write=write)
+        return plan
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            write = self.__dict__.get("_write")
+            if write is None:
+                raise AttributeError(f"a plan has no attribute {name!r}")
+            self.__dict__.update({**write().__dict__, "legal": self.legal, "_write": None})
+            return getattr(self, name)
 
     def __str__(self) -> str:
         from shardspec.report import render

@@ -10,51 +10,50 @@ from torch import nn
 
 from shardspec.nests import distinct, replace_tensors, tensor_leaves
 from shardspec.program import Block, BlockCall, Node, Program, Ref, Value, tensors
+from shardspec.survey import Structure, Survey
 from shardspec.tracing import Tracer, run, user_line
-from shardspec.twin import MODULE_STATE, named_tensors, to_meta, twin
+from shardspec.twin import MODULE_STATE, Twin, attribute_of, to_meta
 
 
 def trace(
-    model: nn.Module,
+    names: Survey,
     inputs: Mapping[str, Any],
     loss_fn: Callable[..., Any] | None = None,
     training: bool | None = None,
-) -> tuple[Program, nn.Module]:
+) -> Program:
     """Record forward, and the loss if one is given, on the global shapes; the model is only read.
 
     Args:
         inputs: the global batch; entries named as forward's arguments go to forward, all go to the loss.
 
-    Returns:
-        The program and the meta twin that ran.
-
     Raises:
         HostRead: the model reads a value that is not known before it runs.
     """
-    ghost = twin(model, to_meta)
+    program = Program()
+    tracer = Recorder(program, names.blocks)
+    ghost = Twin(
+        names.model,
+        lambda name, tensor: tracer.hold(name, lambda: to_meta(tensor)),
+        tracer.attach,
+        at_once=names.tangled,
+    ).root
     if training is not None:
         ghost.train(training)
-    program = Program()
-    tracer = Recorder(program, ghost)
-    tracer.attach()
-    batch = {name: to_meta(name, item) if isinstance(item, torch.Tensor) else item for name, item in inputs.items()}
+    batch = {name: to_meta(item) if isinstance(item, torch.Tensor) else item for name, item in inputs.items()}
     for name, tensor in batch.items():
         if isinstance(tensor, torch.Tensor):
             program.entries[name] = tracer.enter(tensor, Value(tuple(tensor.shape), tensor.dtype, name, "entry"))
     run(tracer, ghost, batch, loss_fn)
-    return program, ghost
+    return program
 
 
 class Recorder(Tracer):
     """Records the global program: points are kept with their names, repeated blocks are run once and called."""
 
-    def __init__(self, graph: Program, model: nn.Module) -> None:
-        super().__init__(graph, model)
+    def __init__(self, graph: Program, blocks: Mapping[str, Structure]) -> None:
+        super().__init__(graph)
+        self.blocks = blocks
         self.recorded: dict[type, list[_Recorded]] = {}
-        self.first_names: dict[int, str] = {}
-        for name, tensor in named_tensors(model):
-            self.first_names.setdefault(id(tensor), name)
-        self.frames[0].params = self.first_names
         self.watched: dict[type, type] = {}
         self.reads: list[tuple[nn.Module, str]] = []
 
@@ -67,9 +66,16 @@ class Recorder(Tracer):
             if known.inputs == structure and self._same(known, module, fqn):
                 if known.reads and len(self.frames) > 1:
                     modules = dict(module.named_modules())
-                    self.reads.extend((modules[path], name) for path, name in known.reads)
+                    self.reads.extend((modules[".".join(path)], name) for path, name in known.reads)
                 return self._again(known, fqn, args, kwargs)
         return self._record_block(module, fqn, forward, args, kwargs, structure)
+
+    def _shape(self, module: nn.Module, fqn: str) -> Any:
+        """What two blocks share that run the same code: the survey's structure, or what can be read off a nested
+        block or one that shares tensors."""
+        if len(self.frames) == 1 and fqn in self.blocks:
+            return self.blocks[fqn]
+        return self._traits(module, fqn)
 
     def _record_block(
         self, module: nn.Module, fqn: str, forward: Callable[..., Any], args: Any, kwargs: Any, structure: Any
@@ -87,7 +93,7 @@ class Recorder(Tracer):
             outer.extend(reads)
         paths = {id(child): path for path, child in module.named_modules()}
         read = {
-            (paths[id(child)], name): child.__dict__[name]
+            (tuple(paths[id(child)].split(".")) if paths[id(child)] else (), name): child.__dict__[name]
             for child, name in reads
             if id(child) in paths and name in child.__dict__ and name != "forward"
         }
@@ -134,11 +140,10 @@ class Recorder(Tracer):
     def _same(self, known: "_Recorded", module: nn.Module, fqn: str) -> bool:
         if known.shape != self._shape(module, fqn):
             return False
-        modules = dict(module.named_modules()) if known.reads else {}
-        return all(_equal(modules[path].__dict__.get(name), value) for (path, name), value in known.reads.items())
+        return all(_equal(attribute_of(module, path, name), value) for (path, name), value in known.reads.items())
 
-    def _shape(self, module: nn.Module, fqn: str) -> Any:
-        """The class tree with what is registered in it: two blocks with equal shapes run the same code."""
+    def _traits(self, module: nn.Module, fqn: str) -> Any:
+        """The class tree with what is registered in it."""
         prefix = fqn + "."
         seen: dict[int, int] = {}
         parts: list[Any] = []
@@ -152,7 +157,7 @@ class Recorder(Tracer):
                     if tensor is None:
                         parts.append((name, None))
                         continue
-                    first = self.first_names[id(tensor)]
+                    first = self.frames[0].params[id(tensor)]
                     inside = seen.setdefault(id(tensor), len(seen))
                     home = inside if first.startswith(prefix) else first
                     parts.append((name, tensor.shape, tensor.dtype, tensor.requires_grad, home))
@@ -206,7 +211,7 @@ class _Recorded:
 
     block: Block
     shape: Any
-    reads: dict[tuple[str, str], Any]
+    reads: dict[tuple[tuple[str, ...], str], Any]
     """(path in the block, attribute) -> value, for the attributes that forward read."""
     inputs: Any
     result: Any

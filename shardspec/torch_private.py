@@ -28,6 +28,12 @@ disabled_torch_function = torch._C._disabled_torch_function_impl
 make_wrapper_subclass = Tensor._make_wrapper_subclass
 """Makes a tensor of a subclass that has a shape and no storage of its own."""
 
+no_torch_function = torch._C.DisableTorchFunction
+"""A context in which no mode and no subclass sees calls of torch's functions."""
+
+no_torch_dispatch = torch._C._DisableTorchDispatch
+"""A context in which no mode and no subclass sees operators."""
+
 set_grad_enabled = torch._C._set_grad_enabled
 """Switches gradients on even where `torch.set_grad_enabled` would be recorded by a mode."""
 

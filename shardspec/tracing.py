@@ -22,7 +22,13 @@ from shardspec.diagnostics import Location, shorten
 from shardspec.nests import distinct, tensor_leaves
 from shardspec.program import Block, Graph, Node, Program, Ref, Value, tensors
 from shardspec.rules.operator import RULES
-from shardspec.torch_private import OpOverload, TorchDispatchMode, set_grad_enabled
+from shardspec.torch_private import (
+    OpOverload,
+    TorchDispatchMode,
+    no_torch_dispatch,
+    no_torch_function,
+    set_grad_enabled,
+)
 from shardspec.twin import argument_names, forward_arguments, like, named_tensors
 
 aten = torch.ops.aten
@@ -58,13 +64,11 @@ class _Frame:
 class Tracer(TorchDispatchMode):
     """Records every operator that runs on meta tensors; a subclass decides what a point and a block do."""
 
-    def __init__(self, graph: Graph, model: nn.Module) -> None:
+    def __init__(self, graph: Graph) -> None:
         super().__init__()
         self.frames = [_Frame(graph)]
         self.kept: list[Any] = []
-        self.model = model
         self.path = ""
-        self.muted = False
         self.aliases = Aliases()
         self.captured: list[list[torch.Tensor]] = []
         self.signatures: dict[type, list[str]] = {}
@@ -108,11 +112,8 @@ class Tracer(TorchDispatchMode):
 
     def fresh(self, tensor: torch.Tensor) -> torch.Tensor:
         """Another tensor object with the same description, made behind the program's back."""
-        self.muted = True
-        try:
+        with no_torch_function(), no_torch_dispatch():
             return like(tensor)
-        finally:
-            self.muted = False
 
     def refs(self, tree: Any) -> Any:
         """A nest of arguments with a `Ref` for each tensor."""
@@ -129,8 +130,6 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.muted:
-            return func(*args, **kwargs)
         if func not in RULES and func._can_decompose() and not _is_atomic(func):
             with self:
                 out = func.decompose(*args, **kwargs)
@@ -269,11 +268,18 @@ class Tracer(TorchDispatchMode):
 
     # What happens at a module's boundary.
 
-    def attach(self) -> None:
-        """Route every module's forward of `model` through this tracer."""
-        for fqn, module in self.model.named_modules():
-            if fqn:
-                module.__dict__["forward"] = functools.partial(self.call, module, fqn, module.forward)
+    def attach(self, fqn: str, module: nn.Module) -> None:
+        """Route a module's forward through this tracer."""
+        if fqn:
+            module.__dict__["forward"] = functools.partial(self.call, module, fqn, module.forward)
+
+    def hold(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Make a parameter or buffer behind the program's back, and know it by its name in the model."""
+        with no_torch_function(), no_torch_dispatch():
+            tensor = make()
+        self.frames[0].params.setdefault(id(tensor), name)
+        self.kept.append(tensor)
+        return tensor
 
     def call(self, module: nn.Module, fqn: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One call of a module."""
@@ -403,9 +409,8 @@ class Whole(TorchFunctionMode):
             # On meta its values would be lost: they may hang on a local size, which the dry run compares.
             return torch.tensor(args[1], dtype=kwargs.get("dtype") or args[0].dtype)
         if func in RULES and not isinstance(func, OpOverload):
-            self.tracer.muted = True
-            out = func.meta(*args, **kwargs)
-            self.tracer.muted = False
+            with no_torch_function(), no_torch_dispatch():
+                out = func.meta(*args, **kwargs)
             return self.tracer.append(func, func.__name__, args, kwargs, out)
         return func(*args, **kwargs)
 

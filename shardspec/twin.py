@@ -15,63 +15,192 @@ MODULE_STATE = frozenset(name for name in nn.Module().__dict__ if name.startswit
 }
 
 
-def twin(model: nn.Module, place: Callable[[str, torch.Tensor], torch.Tensor]) -> nn.Module:
-    """A structural copy of a module tree with other tensors: same classes and attributes, nothing shared that
-    a forward could change.
+PLAIN = frozenset({str, int, float, bool, type(None), torch.dtype, torch.device})
+"""What an attribute may hold that cannot lead to a module or a tensor."""
+
+
+class Twin:
+    """A structural copy of a module tree with other tensors: same classes and attributes, nothing shared that a
+    forward could change.
+
+    The children of a module are copied when it is first asked for them: of a hundred repeated blocks, those that run.
 
     Args:
         model: the tree to copy; it is only read.
-        place: (FQN, tensor) -> the tensor that stands for it; asked once a tensor, under its first name.
+        place: (FQN, tensor) -> the tensor that stands for it; asked once a tensor.
+        made: called with (FQN, module) for each copy.
+        at_once: copy everything now, in the order of `named_modules`, so that what is shared goes by its first name.
     """
-    made: dict[int, Any] = {}
 
-    def tensor(name: str, value: torch.Tensor | None) -> torch.Tensor | None:
-        if value is None:
+    def __init__(
+        self,
+        model: nn.Module,
+        place: Callable[[str, torch.Tensor], torch.Tensor],
+        made: Callable[[str, nn.Module], None],
+        *,
+        at_once: bool = False,
+    ) -> None:
+        self._model, self._place, self._made, self._at_once = model, place, made, at_once
+        self._copies: dict[int, Any] = {}
+        self._unfinished: list[tuple[str, nn.Module]] = []
+        self.root = self._copy(model, "")
+        self.finish()
+
+    def child(self, module: nn.Module | None, path: str) -> nn.Module | None:
+        """The copy of a module, without what its attributes lead to."""
+        if module is None:
             return None
-        if id(value) not in made:
-            made[id(value)] = place(name, value)
-        return made[id(value)]
+        return self._copies[id(module)] if id(module) in self._copies else self._copy(module, path)
 
-    def build(module: nn.Module, prefix: str) -> nn.Module:
-        if id(module) in made:
-            return made[id(module)]
+    def _copy(self, module: nn.Module, path: str) -> nn.Module:
         new = module.__class__.__new__(module.__class__)
-        made[id(module)] = new
+        self._copies[id(module)] = new
+        prefix = f"{path}." if path else ""
         state = new.__dict__
         state.update(module.__dict__)
-        state["_parameters"] = {name: tensor(prefix + name, value) for name, value in module._parameters.items()}
-        state["_buffers"] = {name: tensor(prefix + name, value) for name, value in module._buffers.items()}
-        state["_modules"] = {
-            name: None if child is None else build(child, f"{prefix}{name}.") for name, child in module._modules.items()
-        }
+        for kept in ("_parameters", "_buffers"):
+            state[kept] = {name: self._tensor(prefix + name, value) for name, value in state[kept].items()}
+        children = Children(self, module._modules, prefix) if module._modules else {}
+        if children and self._at_once:
+            children.fill()
+        state["_modules"] = children
+        self._unfinished.append((path, new))
         return new
 
-    root = build(model, "")
-    for new in root.modules():
-        for name, value in new.__dict__.items():
-            if name not in MODULE_STATE:
-                new.__dict__[name] = _redirect(value, made)
-    return root
+    def finish(self) -> None:
+        """Let the attributes of new copies hold copies too."""
+        while self._unfinished:
+            path, new = self._unfinished.pop()
+            for name, value in new.__dict__.items():
+                if type(value) not in PLAIN and name not in MODULE_STATE:
+                    new.__dict__[name] = self._redirect(value)
+            self._made(path, new)
+
+    def _tensor(self, name: str, value: torch.Tensor | None) -> torch.Tensor | None:
+        if value is None:
+            return None
+        if id(value) not in self._copies:
+            self._copies[id(value)] = self._place(name, value)
+        return self._copies[id(value)]
+
+    @functools.cached_property
+    def _paths(self) -> dict[int, str]:
+        """id of a module or tensor of the old tree -> its first name."""
+        paths = {id(module): name for name, module in self._model.named_modules()}
+        for name, tensor in named_tensors(self._model):
+            paths.setdefault(id(tensor), name)
+        return paths
+
+    def _redirect(self, value: Any) -> Any:
+        """An attribute that holds modules or tensors of the old tree, holding those of the new one."""
+        if isinstance(value, (nn.Module, torch.Tensor)):
+            return self._of(value)
+        if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
+            return types.MethodType(value.__func__, self._of(value.__self__))
+        if (type(value) is list or type(value) is tuple) and any(self._is_old(item) for item in value):
+            return type(value)(self._redirect(item) for item in value)
+        if type(value) is dict and any(self._is_old(item) for item in value.values()):
+            return {key: self._redirect(item) for key, item in value.items()}
+        return copy.copy(value) if type(value) in (list, dict, set) else value
+
+    def _is_old(self, item: Any) -> bool:
+        return isinstance(item, (nn.Module, torch.Tensor)) and id(item) in self._paths
+
+    def _of(self, old: Any) -> Any:
+        """The copy of a module or tensor of the old tree; anything else is itself."""
+        if id(old) in self._copies or id(old) not in self._paths:
+            return self._copies.get(id(old), old)
+        path = self._paths[id(old)]
+        return self.root.get_submodule(path) if isinstance(old, nn.Module) else self._tensor(path, old)
 
 
-def _redirect(value: Any, made: dict[int, Any]) -> Any:
-    """An attribute that holds modules or tensors of the old tree, holding those of the new one."""
-    if isinstance(value, (str, int, float, bool, type(None))):
-        return value
-    if id(value) in made and isinstance(value, (nn.Module, torch.Tensor)):
-        return made[id(value)]
-    if isinstance(value, types.MethodType) and id(value.__self__) in made:
-        return types.MethodType(value.__func__, made[id(value.__self__)])
-    if (type(value) is list or type(value) is tuple) and any(id(item) in made for item in value):
-        return type(value)(_redirect(item, made) for item in value)
-    if type(value) is dict and any(id(item) in made for item in value.values()):
-        return {key: _redirect(item, made) for key, item in value.items()}
-    return copy.copy(value) if type(value) in (list, dict, set) else value
+class Children(dict[str, "nn.Module | None"]):
+    """The children of a copy, which are made when they are first asked for."""
+
+    def __init__(self, twin: Twin, old: dict[str, nn.Module | None], prefix: str) -> None:
+        super().__init__()
+        self.old = old
+        self._twin, self._prefix, self.made = twin, prefix, False
+
+    def fill(self) -> None:
+        """Make them."""
+        if not self.made:
+            self.made = True
+            for name, child in self.old.items():
+                super().__setitem__(name, self._twin.child(child, self._prefix + name))
+
+    def _ready(self) -> None:
+        if not self.made:
+            self.fill()
+            self._twin.finish()
+
+    def __getitem__(self, name: str) -> nn.Module | None:
+        self._ready()
+        return super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.old if not self.made else super().__contains__(name)
+
+    def __len__(self) -> int:
+        return len(self.old) if not self.made else super().__len__()
+
+    def __iter__(self) -> Iterator[str]:
+        self._ready()
+        return super().__iter__()
+
+    def __reversed__(self) -> Iterator[str]:
+        self._ready()
+        return super().__reversed__()
+
+    def __setitem__(self, name: str, module: nn.Module | None) -> None:
+        self._ready()
+        super().__setitem__(name, module)
+
+    def __delitem__(self, name: str) -> None:
+        self._ready()
+        super().__delitem__(name)
+
+    def items(self) -> Any:
+        self._ready()
+        return super().items()
+
+    def keys(self) -> Any:
+        self._ready()
+        return super().keys()
+
+    def values(self) -> Any:
+        self._ready()
+        return super().values()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._ready()
+        return super().get(name, default)
+
+    def pop(self, *args: Any) -> Any:
+        self._ready()
+        return super().pop(*args)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        self._ready()
+        super().update(*args, **kwargs)
+
+    def copy(self) -> dict[str, nn.Module | None]:
+        self._ready()
+        return dict(super().items())
 
 
-def to_meta(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def attribute_of(module: nn.Module, path: tuple[str, ...], name: str) -> Any:
+    """What a module below `module` holds under a name; one that was not copied yet is still as the old one is."""
+    for part in path:
+        children: Any = module.__dict__["_modules"]
+        if isinstance(children, Children) and not children.made:
+            children = children.old
+        module = children[part]
+    return module.__dict__.get(name)
+
+
+def to_meta(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor without its values."""
-    del name
     if tensor.device.type == "meta":
         return tensor
     meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

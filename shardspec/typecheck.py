@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from shardspec.cotangent import Cotangents
+from shardspec.cotangent import Backward, Cotangents
 from shardspec.diagnostics import Diagnostic
 from shardspec.explain import explain_conflicts, explain_issues
-from shardspec.infer import Inference
+from shardspec.infer import Inference, TypedGraph
+from shardspec.kin import Kin
 from shardspec.layout import Layout
 from shardspec.mesh import Mesh
 from shardspec.program import Program, Ref, tensors
@@ -32,17 +33,30 @@ def typecheck(program: Program, claims: Claims, mesh: Mesh, *, has_loss: bool) -
             cache[key] = None if problem else layout
         return cache[key]
 
-    inference = Inference(mesh.shape, claims.params, claims.points, declared)
+    inference = Inference(mesh.shape, claims.params, claims.points, declared, claims.kin)
     forward = inference.program(program)
     cotangents = Cotangents(inference)
     seeds = [ref.index for ref in _seeds(program, has_loss) if forward.types[ref.index] is not None]
     backward = cotangents.program(forward, seeds)
-    typed = TypedProgram(program, claims, mesh, forward, backward, inference)
+    typed = TypedProgram(
+        program, claims, mesh, forward, backward, inference, running_alike(claims.kin, forward, backward)
+    )
     typed.diagnostics += uneven.values()
     typed.diagnostics += explain_issues(inference, claims)
     if not inference.issues:
         typed.diagnostics += explain_conflicts(cotangents.conflicts, inference, claims)
     return typed
+
+
+def running_alike(kin: Kin, forward: TypedGraph, backward: Backward) -> Kin:
+    """The blocks that the table does not tell apart and that run alike, forward and backward, each time."""
+    runs: dict[str, list[tuple[int, int]]] = {}
+    for position, inner in forward.calls.items():
+        fqn = forward.graph.nodes[position].func.fqn
+        runs.setdefault(fqn, []).append((id(inner), id(backward.calls.get(position))))
+    first: dict[object, str] = {}
+    heads = {fqn: first.setdefault((head, *runs.get(fqn, ())), fqn) for fqn, head in kin.heads.items()}
+    return Kin(heads)
 
 
 def _seeds(program: Program, has_loss: bool) -> list[Ref]:

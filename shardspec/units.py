@@ -1,21 +1,17 @@
 """Units: the modules that are gathered, rematerialised and compiled together."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from shardspec.diagnostics import Diagnostic
 from shardspec.plan import UnitPlan
 from shardspec.rules.table import Rules
 from shardspec.spec import SpecError, parse
+from shardspec.survey import View
 
 
-def resolve_units(
-    rules: Rules, modules: Sequence[str], first_names: Mapping[str, str]
-) -> tuple[tuple[UnitPlan, ...], list[Diagnostic]]:
+def resolve_units(rules: Rules, names: View) -> tuple[tuple[UnitPlan, ...], list[Diagnostic]]:
     """The units of a table over a model's modules, the root unit last; units that share a tied parameter merge.
-
-    Args:
-        first_names: every parameter's name -> the first name of its tensor.
 
     Returns:
         The units, and SS211 for a pattern that matches no module, SS204 for a module that two claim.
@@ -27,7 +23,7 @@ def resolve_units(
         patterns = (unit,) if isinstance(unit, str) else unit
         matched: list[str] = []
         for pattern in patterns:
-            hits = [name for name in modules if re.fullmatch(pattern, name)]
+            hits = [name for name in names.modules if re.fullmatch(pattern, name)]
             if not hits:
                 found.append(_unknown(rules, pattern, "units"))
             matched += hits
@@ -36,6 +32,7 @@ def resolve_units(
                 found.append(_twice(rules, name, str(owner[name]), str(unit)))
             owner[name] = unit
         groups += [[name] for name in matched] if isinstance(unit, str) else [matched] if matched else []
+    first_names = {name: known.first for name, known in names.parameters.items() if not known.is_buffer}
     return (() if found else tuple(_fill(groups, first_names))), found
 
 

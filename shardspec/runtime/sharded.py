@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from shardspec.arguments import as_model, check_arguments, check_batch
 from shardspec.batch import batch_key, check_rows
-from shardspec.claims import survey
 from shardspec.compiler import Compiler, settle
 from shardspec.diagnostics import Diagnostic, refuse
 from shardspec.mesh import BATCH_AXES, Mesh, degree
@@ -30,7 +29,7 @@ from shardspec.runtime.init import NotReplayable, materialise
 from shardspec.runtime.optim import Optimizer
 from shardspec.runtime.state import OptState, Specs, Store, TrainState
 from shardspec.runtime.weights import given_name, misfits
-from shardspec.stages import Model
+from shardspec.survey import Model, survey
 from shardspec.torch_private import local_of, make_spec
 
 LossFn = Callable[[Any, dict[str, Any]], tuple[Any, Any]]

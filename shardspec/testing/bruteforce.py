@@ -12,6 +12,7 @@ from shardspec.cotangent import Cotangents
 from shardspec.diagnostics import ShardingError
 from shardspec.functional import cross_entropy
 from shardspec.infer import Inference, TypedGraph
+from shardspec.kin import Kin
 from shardspec.layout import AVG, MAX, MIN, SUM, Layout, dim_axes
 from shardspec.mesh import Mesh
 from shardspec.nests import tensor_leaves
@@ -22,6 +23,7 @@ from shardspec.rules.operator import Type, named_arguments
 from shardspec.rules.parse import Entry, ParamClaim, Storage, parse_table
 from shardspec.rules.table import Rules
 from shardspec.spec import P
+from shardspec.survey import survey
 from shardspec.testing.local_call import call_locally, masked_lookup
 from shardspec.testing.simulate import Ranks, coordinates, difference, group, scatter
 from shardspec.tracing import HostRead
@@ -74,10 +76,10 @@ def verify_operator(
     names = [f"x{index}" for index in range(len(inputs))]
     fitted = dict(zip(names, _fit(names, inputs, layouts, mesh), strict=True))
     try:
-        program, _ = trace(_Operator(op, inputs), {})
+        program = trace(survey(_Operator(op, inputs)), {})
     except HostRead as error:
         return Verdict(accepted=False, refusal=str(error))
-    inference = Inference(mesh.shape, _claims(program, fitted), {}, lambda *_: None)
+    inference = Inference(mesh.shape, _claims(program, fitted), {}, lambda *_: None, Kin())
     typed = inference.program(program)
     if inference.issues:
         refusal = inference.issues[0].refusal

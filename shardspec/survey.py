@@ -1,0 +1,206 @@
+"""Name everything in a model, and say which repeated blocks are alike: most stages then look at one of each kind."""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from attrs import define, evolve, field, frozen
+from torch import nn
+
+from shardspec.twin import forward_arguments, named_tensors
+
+Model = nn.Module | Callable[[], nn.Module]
+
+
+@frozen(eq=False)
+class Parameter:
+    """What the survey knows of a parameter or buffer."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_buffer: bool
+    requires_grad: bool
+    first: str
+    """The first name of the tensor: its own, unless it is tied."""
+    persistent: bool = True
+
+
+@frozen(eq=False)
+class Structure:
+    """What blocks with the same class tree, parameters, modes and hooks share; names begin with `.`, or are empty."""
+
+    parameters: Mapping[str, Parameter]
+    modules: tuple[str, ...]
+    """The names of the modules in a block, its own first."""
+
+
+@frozen(eq=False)
+class View:
+    """Names of a model to look at: all of them, or those of one block of each kind."""
+
+    parameters: dict[str, Parameter]
+    modules: dict[str, nn.Module]
+
+
+@define(eq=False)
+class Survey:
+    """The names of a model."""
+
+    model: nn.Module
+    arguments: tuple[str, ...]
+    """Of its forward."""
+    blocks: dict[str, Structure]
+    """FQN of each repeated block, outermost ones only, that shares no tensor with what is outside it."""
+    tangled: bool = False
+    """Whether modules are shared, or tensors by blocks: what a name stands for then hangs on which came first."""
+
+    @cached_property
+    def whole(self) -> View:
+        """Every name, in the model's order."""
+        modules = {name: module for name, module in self.model.named_modules() if name}
+        return View(parameters_of(self.model), modules)
+
+    def outline(self, heads: Mapping[str, str]) -> View:
+        """The names outside of repeated blocks, and those inside the blocks that stand for others.
+
+        Args:
+            heads: block -> the block that stands for it.
+        """
+        found = View({}, {})
+        self._outline(self.model, "", heads, found, {})
+        return found
+
+    def _outline(
+        self, module: nn.Module, path: str, heads: Mapping[str, str], found: View, first: dict[int, str]
+    ) -> None:
+        if path in self.blocks:
+            if heads.get(path, path) == path:
+                for name, known in self.blocks[path].parameters.items():
+                    found.parameters[path + name] = evolve(known, first=path + known.first)
+                found.modules.update(
+                    (f"{path}.{name}" if name else path, child) for name, child in module.named_modules()
+                )
+            return
+        if path:
+            found.modules.setdefault(path, module)
+        prefix = f"{path}." if path else ""
+        for kept in (module._parameters, module._buffers):
+            for name, tensor in kept.items():
+                if tensor is not None:
+                    home = first.setdefault(id(tensor), prefix + name)
+                    lost = name in module._non_persistent_buffers_set
+                    found.parameters[prefix + name] = describe(tensor, home, persistent=not lost)
+        for name, child in module._modules.items():
+            if child is not None:
+                self._outline(child, prefix + name, heads, found, first)
+
+
+def survey(model: Model) -> Survey:
+    """Name everything in a model; a function is called once, on the meta device."""
+    if not isinstance(model, nn.Module):
+        with torch.device("meta"):
+            model = model()
+    found = _Blocks()
+    found.visit(model, "")
+    blocks = {fqn: structure for fqn, structure in found.blocks.items() if fqn not in found.tied}
+    return Survey(model, tuple(forward_arguments(model)), blocks, bool(found.tied))
+
+
+def parameters_of(module: nn.Module) -> dict[str, Parameter]:
+    """Every parameter and buffer of a module by name, tied ones under each."""
+    first: dict[int, str] = {}
+    found: dict[str, Parameter] = {}
+    lost = {
+        f"{path}.{name}" if path else name
+        for path, child in module.named_modules(remove_duplicate=False)
+        for name in child._non_persistent_buffers_set
+    }
+    for name, tensor in named_tensors(module):
+        home = first.setdefault(id(tensor), name)
+        found[name] = describe(tensor, home, persistent=name not in lost)
+    return found
+
+
+def describe(tensor: torch.Tensor, home: str, *, persistent: bool) -> Parameter:
+    """A parameter or buffer whose first name is `home`."""
+    is_parameter = isinstance(tensor, nn.Parameter)
+    wants = is_parameter and tensor.requires_grad
+    return Parameter(tuple(tensor.shape), tensor.dtype, not is_parameter, wants, home, persistent)
+
+
+@define(eq=False)
+class _Blocks:
+    """A walk that finds the repeated blocks of a tree and what they share."""
+
+    blocks: dict[str, Structure] = field(factory=dict)
+    tied: set[str] = field(factory=set)
+    """Blocks that share a tensor or a module with something outside of them, or hold one twice."""
+    homes: dict[int, str] = field(factory=dict)
+    """id of a tensor or module -> the block that holds it, or nothing."""
+    known: dict[type, list[tuple[list[Any], Structure]]] = field(factory=dict)
+
+    def visit(self, module: nn.Module, path: str) -> None:
+        """Look at a module outside of repeated blocks."""
+        state = module.__dict__
+        if id(module) in self.homes:
+            self.tied.update((path, self.homes[id(module)]))
+        self._keep([id(module), *map(id, state["_parameters"].values()), *map(id, state["_buffers"].values())], "")
+        prefix = f"{path}." if path else ""
+        for name, child in state["_modules"].items():
+            if child is None:
+                continue
+            if not name.isdecimal():
+                self.visit(child, prefix + name)
+                continue
+            traits: list[Any] = []
+            members: list[int] = []
+            read_traits(child, traits, members)
+            if len(set(members)) < len(members):
+                self.tied.add(prefix + name)
+            self._keep(members, prefix + name)
+            self.blocks[prefix + name] = self._structure(child, traits)
+
+    def _structure(self, block: nn.Module, traits: list[Any]) -> Structure:
+        alike = self.known.setdefault(type(block), [])
+        for other, structure in reversed(alike):
+            if other == traits:
+                return structure
+        parameters = {
+            f".{name}": evolve(known, first=f".{known.first}") for name, known in parameters_of(block).items()
+        }
+        modules = tuple(f".{name}" if name else "" for name, _ in block.named_modules())
+        structure = Structure(parameters, modules)
+        alike.append((traits, structure))
+        return structure
+
+    def _keep(self, members: Iterable[int], home: str) -> None:
+        for member in members:
+            other = self.homes.setdefault(member, home)
+            if other != home:
+                self.tied.update((other, home))
+
+
+def read_traits(module: nn.Module, traits: list[Any], members: list[int]) -> None:
+    """Append what two blocks must share to run the same code, and the ids of their modules and tensors."""
+    state = module.__dict__
+    traits.append(type(module))
+    traits.append(state["training"])
+    members.append(id(module))
+    if state["_forward_pre_hooks"] or state["_forward_hooks"]:
+        traits += (*state["_forward_pre_hooks"].values(), *state["_forward_hooks"].values())
+    if state["_non_persistent_buffers_set"]:
+        traits.append(sorted(state["_non_persistent_buffers_set"]))
+    for kept in (state["_parameters"], state["_buffers"]):
+        for name, tensor in kept.items():
+            traits.append(name)
+            if tensor is None:
+                traits.append(None)
+                continue
+            members.append(id(tensor))
+            traits += (tensor.shape, tensor.dtype, tensor.requires_grad, type(tensor))
+    for name, child in state["_modules"].items():
+        if child is not None:
+            traits.append(name)
+            read_traits(child, traits, members)
+    traits.append("")
