@@ -4,11 +4,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from shardspec.diagnostics import Diagnostic
-from shardspec.infer import absolute
-from shardspec.kin import BLOCK, Kin, apart
+from shardspec.infer import absolute, graphs
+from shardspec.kin import Kin, apart
 from shardspec.layout import Layout
 from shardspec.mesh import Mesh
-from shardspec.program import Graph, Program
+from shardspec.program import Block, Graph, Program
 from shardspec.rules.fit import check_rank, layout_of, learn_sizes
 from shardspec.rules.match import assign, idle_batch_axes
 from shardspec.rules.parse import Entry, ParamClaim, Sizes, Storage, Table
@@ -64,31 +64,35 @@ def _ties(params: Mapping[str, ParamClaim], names: View) -> Iterable[Diagnostic]
             )
 
 
-def point_names(program: Program, kin: Kin) -> Iterator[tuple[str, Graph]]:
-    """The graphs of a program, with the FQN that their names are relative to; of blocks that are alike, one."""
-    seen: set[tuple[int, str]] = set()
-
-    def visit(graph: Graph, fqn: str) -> Iterator[tuple[str, Graph]]:
-        yield fqn, graph
-        for node in graph.nodes:
-            if node.op == "block":
-                inner = kin.canonical(absolute(fqn, node.func.fqn))
-                if (id(node.func.block), inner) not in seen:
-                    seen.add((id(node.func.block), inner))
-                    yield from visit(node.func.block, inner)
-
-    return visit(program, "")
-
-
 def told_apart(table: Table, program: Program, kin: Kin) -> Kin:
-    """The blocks that the table's activations do not tell apart either."""
-    found: dict[str, list[str]] = {}
-    for fqn, graph in point_names(program, kin):
-        block = BLOCK.match(fqn)
-        if block is not None:
-            inner = [absolute(fqn, name) for node in graph.nodes if node.op == "point" for name in node.func]
-            found.setdefault(block.group(), []).extend(name[block.end() :] for name in inner)
-    return apart(kin, [entry.regex for entry in table.activations], lambda fqn: found.get(fqn, ()))
+    """The blocks that run the same code and that the table's activations do not tell apart either."""
+    runs: dict[str, tuple[int, ...]] = {}
+    blocks: dict[int, Block] = {}
+    for node in program.nodes:
+        if node.op == "block":
+            runs[node.func.fqn] = (*runs.get(node.func.fqn, ()), id(node.func.block))
+            blocks[id(node.func.block)] = node.func.block
+    inside = {id(block): list(_names_inside(block)) for block in blocks.values()}
+    names = {fqn: [name for block in called for name in inside[block]] for fqn, called in runs.items()}
+    return apart(kin, [entry.regex for entry in table.activations], names, runs)
+
+
+def _names_inside(block: Block) -> Iterator[str]:
+    """What the names of the points in a block go on with."""
+    for fqn, graph in graphs(block, ""):
+        for node in graph.nodes:
+            if node.op == "point":
+                for name in node.func:
+                    inner = absolute(fqn, name)
+                    yield f".{inner}" if inner and not inner.startswith(":") else inner
+
+
+def graphs_of_kinds(program: Program, kin: Kin) -> Iterator[tuple[str, Graph]]:
+    """The graphs of a program, with the FQN that their names are relative to; of blocks that are alike, one."""
+    yield "", program
+    for node in program.nodes:
+        if node.op == "block" and kin.heads.get(node.func.fqn, node.func.fqn) == node.func.fqn:
+            yield from graphs(node.func.block, node.func.fqn)
 
 
 def match_points(
@@ -102,7 +106,7 @@ def match_points(
     aliases: dict[str, str] = {}
     for name, index in program.entries.items():
         shapes[name] = program.values[index].shape
-    for fqn, graph in point_names(program, kin):
+    for fqn, graph in graphs_of_kinds(program, kin):
         for node in graph.nodes:
             if node.op == "point":
                 target = node.outputs[0]

@@ -80,7 +80,8 @@ def compile(
         ShardingError: with everything that the first stage to fail found.
     """
     check_arguments(rules, mesh, inputs)
-    return Compiler(survey(as_model(model)), rules).plan(mesh, inputs, loss)
+    with uncollected():
+        return Compiler(survey(as_model(model)), rules).plan(mesh, inputs, loss)
 
 
 @define(eq=False)
@@ -109,9 +110,10 @@ class Compiler:
         """
         with uncollected():
             table, kin = self.table(mesh)
-            _, attributes, found = self.look(kin, lambda view: self.declared(view, mesh))
+            outline = self.names.outline(kin.heads)
+            _, attributes, found = self.look(outline, lambda view: self.declared(view, mesh))
             settle(found)
-            params, sizes, found = self.look(kin, lambda view: match_params(table, view, mesh))
+            params, sizes, found = self.look(outline, lambda view: match_params(table, view, mesh))
             batch, inputs = inputs, microbatch_shapes(table, mesh, inputs, self.policy.accumulate)
             attempt = Attempt(
                 self.rules,
@@ -122,7 +124,9 @@ class Compiler:
             )
             settle(attempt.fixed(found))
             program = self.program(inputs, loss, training)
-            kin = told_apart(table, program, kin)
+            outer, kin = kin, told_apart(table, program, kin)
+            if kin.heads != outer.heads:
+                params, sizes, _ = match_params(table, self.names.outline(kin.heads), mesh)
             points, found = match_points(table, self.names, program, sizes, mesh, kin)
             if found:
                 _, found = match_points(table, self.names, program, sizes, mesh, Kin())
@@ -136,7 +140,9 @@ class Compiler:
                 named = self.named_attributes(differences, claims, mesh, lambda other: attempt.confirm(other, mesh))
                 found = [evolve(found[0], fixes=(named,), advice=()), *found[1:]] if named else found
             settle(found)
-            summed, found = prove(typed, self.names.outline(typed.kin.heads), self.rules, has_loss=loss is not None)
+            if typed.kin.heads != outer.heads:
+                outline = self.names.outline(typed.kin.heads)
+            summed, found = prove(typed, outline, self.rules, has_loss=loss is not None)
             settle(attempt.fixed(found))
         return Plan.deferred(
             mesh,
@@ -161,9 +167,9 @@ class Compiler:
         modules = [re.compile(pattern) for pattern in (*units, *table.rules.attributes)]
         return kindred(self.names, [entry.regex for entry in table.params], modules)
 
-    def look(self, kin: Kin, stage: Callable[[View], Looked]) -> Looked:
+    def look(self, outline: View, stage: Callable[[View], Looked]) -> Looked:
         """What a stage finds in one block of each kind; where that is a mistake, in all, so that it is told in full."""
-        looked = stage(self.names.outline(kin.heads))
+        looked = stage(outline)
         return stage(self.names.whole) if looked[-1] else looked
 
     def declared(
@@ -226,6 +232,7 @@ class Compiler:
             if not found:
                 program = self.program(inputs, loss, training)
                 kin = told_apart(table, program, kin)
+                params, sizes, _ = match_params(table, self.names.outline(kin.heads), mesh)
                 points, found = match_points(table, self.names, program, sizes, mesh, kin)
                 if not found:
                     claims = Claims(table, kin, params, points, sizes)

@@ -14,7 +14,7 @@ from attrs import define, field, frozen
 from shardspec.infer import Inference, TypedGraph
 from shardspec.mesh import BATCH_AXES
 from shardspec.moves import Move, adjoint
-from shardspec.program import Node, tensors
+from shardspec.program import Node
 from shardspec.rules.operator import Type
 
 
@@ -153,7 +153,7 @@ class Cotangents:
     ) -> None:
         if not node.grad or node.op == "detach" or position not in typed.consumed:
             return
-        refs = tensors(node.args) + tensors(node.kwargs)
+        refs = node.operands
         moving = {ref.index for ref in refs if ref.index in live}
         if not moving:
             return
@@ -271,7 +271,7 @@ def differentiable(typed: TypedGraph, live_inputs: tuple[bool, ...] = ()) -> set
     for position, node in enumerate(graph.nodes):
         if not node.grad or node.op == "detach":
             continue
-        reached = any(ref.index in live for ref in tensors(node.args) + tensors(node.kwargs))
+        reached = any(ref.index in live for ref in node.operands)
         if not reached and node.op != "block":
             continue
         outs = [index for index in node.outputs if index is not None and _carries_gradient(graph.values[index].dtype)]

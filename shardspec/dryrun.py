@@ -83,6 +83,8 @@ class Replayer(Tracer):
         self.pairs = [_Pair(typed, graph, "")]
         self.attributes = attributes
         self.verified: set[Any] = set()
+        self.results: dict[int, list[tuple[tuple[int, ...], torch.dtype]]] = {}
+        """Typed block -> the local shapes of what it gives."""
         self.entered: _Pair | None = None
         self.failed = ""
         """The module in which the local run broke off."""
@@ -158,18 +160,22 @@ class Replayer(Tracer):
 
     def append_block(self, node: Node, entered: list[torch.Tensor], out: Any) -> Any:
         """Append the image of a block's call."""
-        args = tuple(Ref(self.value_of(tensor)) for tensor in entered)
-        outputs = tuple(self.enter(tensor, Value(tuple(tensor.shape), tensor.dtype)) for tensor in tensor_leaves(out))
+        with no_torch_function():
+            args = tuple(Ref(self.value_of(tensor)) for tensor in entered)
+            outputs = tuple(self.enter(item, Value(tuple(item.shape), item.dtype)) for item in tensor_leaves(out))
         self.frame.graph.nodes.append(Node("block", node.func, args, {}, outputs, self.path, node.file, node.line))
         return out
 
     def _skip(self, node: Node, inner: TypedGraph) -> Any:
         """A verified block's results, from its types."""
-        by_output = dict(zip(node.outputs, inner.graph.outputs, strict=True))
+        if id(inner) not in self.results:
+            shapes = [(inner.layout(i).shape, inner.graph.values[i].dtype) for i in inner.graph.outputs]
+            self.results[id(inner)] = shapes
+        made = dict(zip(node.outputs, self.results[id(inner)], strict=True))
 
         def make(ref: Ref) -> torch.Tensor:
-            index = by_output[ref.index]
-            return torch.empty(inner.layout(index).shape, dtype=inner.graph.values[index].dtype, device="meta")
+            shape, dtype = made[ref.index]
+            return torch.empty(shape, dtype=dtype, device="meta")
 
         with no_torch_function(), no_torch_dispatch():
             return substitute(node.nested, make)
@@ -352,21 +358,22 @@ def _differs(
     if node.op == "point" and node.func != other.func:
         return f"it passes {other.func[0]} where the whole passes {node.func[0]}"
     what = absolute(pair.fqn, node.func[0]) if node.op == "point" else node.op
-    refs = tensors(node.args) + tensors(node.kwargs)
-    others = tensors(other.args) + tensors(other.kwargs)
+    refs = node.operands
+    others = other.operands
     if len(refs) != len(others):
         return f"{node.op} reads {len(others)} tensors, and {len(refs)} on the whole"
     typed, local = pair.typed, pair.local
+    read = typed.consumed.get(position)
     for number, (one, two) in enumerate(zip(refs, others, strict=True)):
         index = whole_names.get(one.index, one.index)
         found = part_names.get(two.index, two.index)
         if image.setdefault(index, found) != found:
             verb = "is" if node.op == "point" else "reads"
             return f"{what} {verb} another value than on the whole"
-        problem = _constant_problem(typed.graph.values[index], local.values[found])
-        if problem:
-            return problem
-        read = typed.consumed.get(position)
+        if typed.graph.values[index].kind == "constant":
+            problem = _constant_problem(typed.graph.values[index], local.values[found])
+            if problem:
+                return problem
         if read is not None:
             problem = _shape_problem(read[number], local.values[two.index].shape, f"<value {one.index}>")
             if problem:
@@ -386,7 +393,7 @@ def _differs(
 
 def _constant_problem(whole: Value, part: Value) -> str:
     """What is wrong with a constant that Python made, or nothing."""
-    if whole.kind != "constant" or whole.data is None or part.data is None:
+    if whole.data is None or part.data is None:
         return ""
     if whole.data is part.data or whole.data.data_ptr() == part.data.data_ptr():
         return ""

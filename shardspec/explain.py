@@ -437,7 +437,7 @@ def _rules_behind(
 
 def _split_operands(typed: TypedGraph, node: Node) -> list[Ref]:
     """The tensors that an operation reads and that are split, where there are any."""
-    kinds = [(ref, typed.types[ref.index]) for ref in tensors(node.args) + tensors(node.kwargs)]
+    kinds = [(ref, typed.types[ref.index]) for ref in node.operands]
     return [ref for ref, kind in kinds if kind is not None and kind.layout.sharded]
 
 
@@ -463,8 +463,4 @@ def attribute_edits(module: object, claims: Claims, degrees: Mapping[str, int]) 
 def users(typed: TypedGraph, outputs: Sequence[int | None]) -> list[int]:
     """The nodes that read any of the values."""
     wanted = {index for index in outputs if index is not None}
-    return [
-        at
-        for at, node in enumerate(typed.graph.nodes)
-        if any(ref.index in wanted for ref in tensors(node.args) + tensors(node.kwargs))
-    ]
+    return [at for at, node in enumerate(typed.graph.nodes) if any(ref.index in wanted for ref in node.operands)]

@@ -12,7 +12,7 @@ from shardspec.infer import TypedGraph, absolute, producer
 from shardspec.layout import MAX, MIN
 from shardspec.lower import Passed, distinct_calls, passed_points
 from shardspec.plan import ParamPlan, UnitPlan
-from shardspec.program import Node, tensors
+from shardspec.program import Node
 from shardspec.rules.match import as_pattern, fold
 from shardspec.stages import TypedProgram
 
@@ -106,7 +106,7 @@ def parameter_reads(typed: TypedGraph) -> Iterator[tuple[Node, str]]:
     names = {index: name for name, index in typed.graph.params.items()}
     for node in typed.graph.nodes:
         if node.op not in ("point", "block"):
-            for index in dict.fromkeys(ref.index for ref in tensors(node.args) + tensors(node.kwargs)):
+            for index in dict.fromkeys(ref.index for ref in node.operands):
                 if index in names:
                     yield node, names[index]
 
@@ -209,4 +209,4 @@ def crossing(frame: Frame, position: int, gathered: set[str]) -> Crossing:
 
 def reads(node: Node, index: int) -> bool:
     """Whether an operation reads a value."""
-    return any(ref.index == index for ref in tensors(node.args) + tensors(node.kwargs))
+    return any(ref.index == index for ref in node.operands)

@@ -122,8 +122,9 @@ class Inference:
     issues: list[Issue] = field(factory=list)
     memo: dict[Any, tuple[TypedGraph, tuple[Type | None, ...]]] = field(factory=dict)
     stack: list[tuple[TypedGraph, int]] = field(factory=list)
-    keys: dict[tuple[int, str], tuple[Any, ...]] = field(factory=dict)
-    """(block, the FQN that stands for its own) -> what the table says of it."""
+    said: dict[tuple[int, str], int] = field(factory=dict)
+    """(block, the FQN that stands for its own) -> a number for what the table says of it."""
+    numbers: dict[tuple[Any, ...], int] = field(factory=dict)
     typed_program: Program | None = None
 
     def program(self, program: Program) -> TypedGraph:
@@ -158,7 +159,7 @@ class Inference:
             self._operator(typed, position, node, fqn)
 
     def _operator(self, typed: TypedGraph, position: int, node: Node, fqn: str) -> None:
-        refs = tuple(tensors(node.args) + tensors(node.kwargs))
+        refs = tuple(node.operands)
         kinds = [typed.types[ref.index] for ref in refs]
         known = tuple(kind for kind in kinds if kind is not None)
         if len(known) < len(kinds):
@@ -238,10 +239,10 @@ class Inference:
             if index is not None:
                 typed.types[index] = kind
 
-    def _block_key(self, block: Block, fqn: str) -> tuple[Any, ...]:
-        """What the table says of a block: its parameters' layouts and the rules at its points."""
-        if (id(block), fqn) in self.keys:
-            return self.keys[id(block), fqn]
+    def _block_key(self, block: Block, fqn: str) -> int:
+        """A number for what the table says of a block: its parameters' layouts and the rules at its points."""
+        if (id(block), fqn) in self.said:
+            return self.said[id(block), fqn]
         key: list[Any] = []
         for name in block.params:
             claim = self.params.get(absolute(fqn, name))
@@ -252,8 +253,9 @@ class Inference:
                 key.append(id(entry) if entry else 0)
             elif node.op == "block":
                 key.append(self._block_key(node.func.block, absolute(fqn, node.func.fqn)))
-        self.keys[id(block), fqn] = tuple(key)
-        return self.keys[id(block), fqn]
+        number = self.numbers.setdefault(tuple(key), len(self.numbers))
+        self.said[id(block), fqn] = number
+        return number
 
     def blocks_like(self, typed: TypedGraph) -> list[str]:
         """The FQNs under which the table lets a block run as it does in `typed`, folded alike."""
@@ -317,7 +319,7 @@ class Inference:
             name, entry = self._claim(node, typed.fqn) if node.op == "point" else ("", None)
             if name and (entry is not None or ":" not in name):
                 return " after ".join([absolute(typed.fqn, name), *_listed(done)])
-            sources = list(dict.fromkeys(tensors(node.args) + tensors(node.kwargs)))
+            sources = list(dict.fromkeys(node.operands))
             if node.op == "block" or not sources:
                 text = absolute(typed.fqn, node.func.fqn) if node.op == "block" else f"the result of {node.op}"
                 return " after ".join([text, *_listed(done)])
@@ -363,7 +365,7 @@ class Inference:
                 yield Stop(absolute(fqn, name), kind.layout, value.shape, entry)
             if entry is not None:
                 return
-        refs = list(dict.fromkeys(tensors(node.args) + tensors(node.kwargs)))
+        refs = list(dict.fromkeys(node.operands))
         if contracts(typed, node, axis):
             # The sum over the axis begins here: what came before is not the matter, the parameter is.
             refs = [ref for ref in refs if graph.values[ref.index].kind == "param"] or refs

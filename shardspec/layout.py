@@ -6,6 +6,7 @@ merge and ones vanish, so equal layouts are equal tuples: `(H@tp hd)` with 128 h
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 
 from attrs import frozen
 
@@ -58,14 +59,14 @@ def dim_axes(dim: DimLayout) -> tuple[str, ...]:
     return tuple(digit for digit in dim if isinstance(digit, str))
 
 
-@frozen
+@frozen(cache_hash=True)
 class Layout:
     """Digits for each dim, and the pending reductions as sorted (axis, kind) pairs."""
 
     dims: tuple[DimLayout, ...]
     pending: tuple[tuple[str, str], ...] = ()
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """The local shape."""
         return tuple(map(local_size, self.dims))
@@ -74,8 +75,8 @@ class Layout:
         """The shape over all ranks."""
         return tuple(global_size(dim, sizes) for dim in self.dims)
 
-    @property
-    def sharded(self) -> dict[str, int]:
+    @cached_property
+    def sharded(self) -> Mapping[str, int]:
         """Axis -> the dim that it splits."""
         return {axis: index for index, dim in enumerate(self.dims) for axis in dim_axes(dim)}
 

@@ -9,13 +9,20 @@ import torch
 
 def tensor_leaves(tree: Any) -> list[torch.Tensor]:
     """The tensors in a nest of tuples, lists and dicts, in order."""
+    found: list[torch.Tensor] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Any, found: list[torch.Tensor]) -> None:
     if isinstance(tree, torch.Tensor):
-        return [tree]
-    if isinstance(tree, (list, tuple)):
-        return [leaf for item in tree for leaf in tensor_leaves(item)]
-    if isinstance(tree, Mapping):
-        return [leaf for item in tree.values() for leaf in tensor_leaves(item)]
-    return []
+        found.append(tree)
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            _collect(item, found)
+    elif tree is not None and isinstance(tree, Mapping):
+        for item in tree.values():
+            _collect(item, found)
 
 
 def replace_tensors(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:

@@ -5,6 +5,7 @@ called: their nodes live in a `Block`, whose inputs are the values that enter it
 """
 
 import linecache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -65,6 +66,11 @@ class Node:
     unsafe: str = ""
     """Why a write cannot be followed through every alias; nothing where it can."""
 
+    @cached_property
+    def operands(self) -> tuple[Ref, ...]:
+        """The tensors that it reads, in order; one that it reads twice is there twice."""
+        return (*tensors(self.args), *tensors(self.kwargs))
+
     @property
     def location(self) -> Location:
         """The model's line."""
@@ -117,13 +123,21 @@ class Program(Graph):
 
 def tensors(tree: Any) -> list[Ref]:
     """The refs in a nest of tuples, lists and dicts, in order."""
-    if isinstance(tree, Ref):
-        return [tree]
-    if isinstance(tree, (tuple, list)):
-        return [ref for item in tree for ref in tensors(item)]
-    if isinstance(tree, dict):
-        return [ref for item in tree.values() for ref in tensors(item)]
-    return []
+    found: list[Ref] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Any, found: list[Ref]) -> None:
+    kind = type(tree)
+    if kind is Ref:
+        found.append(tree)
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            _collect(item, found)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            _collect(item, found)
 
 
 def substitute(tree: Any, change: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import nn
 from shardspec.nests import distinct, replace_tensors, tensor_leaves
 from shardspec.program import Block, BlockCall, Node, Program, Ref, Value, tensors
 from shardspec.survey import Structure, Survey
+from shardspec.torch_private import no_torch_function
 from shardspec.tracing import Tracer, run, user_line
 from shardspec.twin import MODULE_STATE, Twin, attribute_of, to_meta
 
@@ -61,13 +62,14 @@ class Recorder(Tracer):
         return self.append_point(names, tensor, self.fresh(tensor))
 
     def block(self, module: nn.Module, fqn: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        structure = _structure((args, kwargs))
-        for known in self.recorded.get(self._kind(module), ()):
-            if known.inputs == structure and self._same(known, module, fqn):
-                if known.reads and len(self.frames) > 1:
-                    modules = dict(module.named_modules())
-                    self.reads.extend((modules[".".join(path)], name) for path, name in known.reads)
-                return self._again(known, fqn, args, kwargs)
+        with no_torch_function():
+            structure = _structure((args, kwargs))
+            for known in self.recorded.get(self._kind(module), ()):
+                if known.inputs == structure and self._same(known, module, fqn):
+                    if known.reads and len(self.frames) > 1:
+                        modules = dict(module.named_modules())
+                        self.reads.extend((modules[".".join(path)], name) for path, name in known.reads)
+                    return self._again(known, fqn, args, kwargs)
         return self._record_block(module, fqn, forward, args, kwargs, structure)
 
     def _shape(self, module: nn.Module, fqn: str) -> Any:
@@ -140,7 +142,11 @@ class Recorder(Tracer):
     def _same(self, known: "_Recorded", module: nn.Module, fqn: str) -> bool:
         if known.shape != self._shape(module, fqn):
             return False
-        return all(_equal(attribute_of(module, path, name), value) for (path, name), value in known.reads.items())
+        for (path, name), value in known.reads.items():
+            found = attribute_of(module, path, name)
+            if found is not value and not _equal(found, value):
+                return False
+        return True
 
     def _traits(self, module: nn.Module, fqn: str) -> Any:
         """The class tree with what is registered in it."""
@@ -218,8 +224,6 @@ class _Recorded:
 
 
 def _equal(one: Any, two: Any) -> bool:
-    if one is two:
-        return True
     plain = (bool, int, float, str, tuple, torch.dtype, torch.device, frozenset)
     return type(one) is type(two) and isinstance(one, plain) and one == two
 

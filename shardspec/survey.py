@@ -1,6 +1,6 @@
 """Name everything in a model, and say which repeated blocks are alike: most stages then look at one of each kind."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -136,18 +136,20 @@ class _Blocks:
     blocks: dict[str, Structure] = field(factory=dict)
     tied: set[str] = field(factory=set)
     """Blocks that share a tensor or a module with something outside of them, or hold one twice."""
-    homes: dict[int, str] = field(factory=dict)
-    """id of a tensor or module -> the block that holds it, or nothing."""
+    seen: set[int] = field(factory=set)
+    """ids of the tensors and modules so far."""
+    held: dict[str, list[int]] = field(factory=dict)
+    """Block -> the ids of what it holds."""
     known: dict[type, list[tuple[list[Any], Structure]]] = field(factory=dict)
 
     def visit(self, module: nn.Module, path: str) -> None:
         """Look at a module outside of repeated blocks."""
-        state = module.__dict__
-        if id(module) in self.homes:
-            self.tied.update((path, self.homes[id(module)]))
-        self._keep([id(module), *map(id, state["_parameters"].values()), *map(id, state["_buffers"].values())], "")
+        if id(module) in self.seen:
+            self.tied.add(path)
+        own = (*module._parameters.values(), *module._buffers.values())
+        self._keep([id(module), *(id(tensor) for tensor in own if tensor is not None)])
         prefix = f"{path}." if path else ""
-        for name, child in state["_modules"].items():
+        for name, child in module._modules.items():
             if child is None:
                 continue
             if not name.isdecimal():
@@ -156,8 +158,6 @@ class _Blocks:
             traits: list[Any] = []
             members: list[int] = []
             read_traits(child, traits, members)
-            if len(set(members)) < len(members):
-                self.tied.add(prefix + name)
             self._keep(members, prefix + name)
             self.blocks[prefix + name] = self._structure(child, traits)
 
@@ -174,33 +174,36 @@ class _Blocks:
         alike.append((traits, structure))
         return structure
 
-    def _keep(self, members: Iterable[int], home: str) -> None:
-        for member in members:
-            other = self.homes.setdefault(member, home)
-            if other != home:
-                self.tied.update((other, home))
+    def _keep(self, members: list[int], block: str = "") -> None:
+        """Note what was met, and the blocks that hold something of it already."""
+        before = len(self.seen)
+        self.seen.update(members)
+        if block:
+            self.held[block] = members
+        if len(self.seen) < before + len(members):
+            met = set(members)
+            self.tied.update(other for other, held in self.held.items() if not met.isdisjoint(held))
 
 
 def read_traits(module: nn.Module, traits: list[Any], members: list[int]) -> None:
     """Append what two blocks must share to run the same code, and the ids of their modules and tensors."""
     state = module.__dict__
-    traits.append(type(module))
-    traits.append(state["training"])
     members.append(id(module))
+    traits += (type(module), state["training"])
     if state["_forward_pre_hooks"] or state["_forward_hooks"]:
         traits += (*state["_forward_pre_hooks"].values(), *state["_forward_hooks"].values())
     if state["_non_persistent_buffers_set"]:
         traits.append(sorted(state["_non_persistent_buffers_set"]))
     for kept in (state["_parameters"], state["_buffers"]):
-        for name, tensor in kept.items():
-            traits.append(name)
+        for name, tensor in kept.items() if kept else ():
             if tensor is None:
-                traits.append(None)
-                continue
-            members.append(id(tensor))
-            traits += (tensor.shape, tensor.dtype, tensor.requires_grad, type(tensor))
-    for name, child in state["_modules"].items():
-        if child is not None:
-            traits.append(name)
-            read_traits(child, traits, members)
-    traits.append("")
+                traits += (name, None)
+            else:
+                members.append(id(tensor))
+                traits += (name, tensor.shape, tensor.dtype, tensor.requires_grad, type(tensor))
+    if state["_modules"]:
+        for name, child in state["_modules"].items():
+            if child is not None:
+                traits.append(name)
+                read_traits(child, traits, members)
+        traits.append("")

@@ -350,9 +350,10 @@ class Tracer(TorchDispatchMode):
         """Append a point's node, from the tensor before it to the one behind it."""
         file, line = user_line()
         graph = self.frame.graph
-        source = self.value_of(tensor)
-        data = graph.values[source].data if tuple(out.shape) == tuple(tensor.shape) else None
-        index = self.enter(out, Value(tuple(out.shape), out.dtype, data=data))
+        with no_torch_function():
+            source = self.value_of(tensor)
+            data = graph.values[source].data if tuple(out.shape) == tuple(tensor.shape) else None
+            index = self.enter(out, Value(tuple(out.shape), out.dtype, data=data))
         node = Node("point", names, (Ref(source),), {}, (index,), self.path, file, line, torch.is_grad_enabled())
         graph.nodes.append(node)
         return out
@@ -440,11 +441,16 @@ def in_custom_function() -> bool:
 def _user_frame() -> types.FrameType:
     frame = sys._getframe(2)
     while frame.f_back is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith((_HERE, _TORCH)) and not file.startswith("<"):
+        if not _is_ours(frame.f_code.co_filename):
             break
         frame = frame.f_back
     return frame
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_ours(file: str) -> bool:
+    """Whether a line of code is torch's, or our own."""
+    return file.startswith((_HERE, _TORCH, "<"))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -59,7 +59,8 @@ class Twin:
         state = new.__dict__
         state.update(module.__dict__)
         for kept in ("_parameters", "_buffers"):
-            state[kept] = {name: self._tensor(prefix + name, value) for name, value in state[kept].items()}
+            held = state[kept]
+            state[kept] = {name: self._tensor(prefix + name, held[name]) for name in held} if held else {}
         children = Children(self, module._modules, prefix) if module._modules else {}
         if children and self._at_once:
             children.fill()
@@ -71,9 +72,10 @@ class Twin:
         """Let the attributes of new copies hold copies too."""
         while self._unfinished:
             path, new = self._unfinished.pop()
-            for name, value in new.__dict__.items():
-                if type(value) not in PLAIN and name not in MODULE_STATE:
-                    new.__dict__[name] = self._redirect(value)
+            state = new.__dict__
+            for name in state.keys() - MODULE_STATE:
+                if type(state[name]) not in PLAIN:
+                    state[name] = self._redirect(state[name])
             self._made(path, new)
 
     def _tensor(self, name: str, value: torch.Tensor | None) -> torch.Tensor | None:
@@ -117,10 +119,10 @@ class Twin:
 class Children(dict[str, "nn.Module | None"]):
     """The children of a copy, which are made when they are first asked for."""
 
+    __slots__ = ("_prefix", "_twin", "made", "old")
+
     def __init__(self, twin: Twin, old: dict[str, nn.Module | None], prefix: str) -> None:
-        super().__init__()
-        self.old = old
-        self._twin, self._prefix, self.made = twin, prefix, False
+        self.old, self._twin, self._prefix, self.made = old, twin, prefix, False
 
     def fill(self) -> None:
         """Make them."""

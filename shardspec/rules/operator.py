@@ -25,7 +25,7 @@ Label = Hashable
 """A factor's name in one operator's rule; None is a broadcast dim of size one."""
 
 
-@frozen
+@frozen(cache_hash=True)
 class Type:
     """What is known of a value: its layout, and the dims along which every element is the same.
 

@@ -238,7 +238,7 @@ class _Trial:
 
     def _operands(self, position: int, node: Node, at: Any) -> Callable[[Ref], Tensor]:
         """A rank's operands; those that are uniform along a dim as long as they are read."""
-        refs = tensors(node.args) + tensors(node.kwargs)
+        refs = node.operands
         wanted = {ref: kind.layout for ref, kind in zip(refs, self.typed.consumed.get(position, ()), strict=False)}
 
         def read(ref: Ref) -> Tensor:
