@@ -5,7 +5,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -61,10 +61,11 @@ class Twin:
         for kept in ("_parameters", "_buffers"):
             held = state[kept]
             state[kept] = {name: self._tensor(prefix + name, held[name]) for name in held} if held else {}
-        children = Children(self, module._modules, prefix) if module._modules else {}
-        if children and self._at_once:
-            children.fill()
-        state["_modules"] = children
+        state["_modules"] = {}
+        if module._modules:
+            state["_modules"] = children = Children(self, module._modules, prefix)
+            if self._at_once:
+                children.fill()
         self._unfinished.append((path, new))
         return new
 
@@ -197,7 +198,7 @@ def attribute_of(module: nn.Module, path: tuple[str, ...], name: str) -> Any:
         children: Any = module.__dict__["_modules"]
         if isinstance(children, Children) and not children.made:
             children = children.old
-        module = children[part]
+        module = cast("nn.Module", children[part])
     return module.__dict__.get(name)
 
 
