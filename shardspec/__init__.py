@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from shardspec.diagnostics import Diagnostic, DonatedError, Location, ShardingError
     from shardspec.functional import cross_entropy, name
     from shardspec.mesh import Mesh
+    from shardspec.operators import register_rule
     from shardspec.plan import Plan
     from shardspec.policy import Policy
     from shardspec.rules.table import Rules
@@ -41,6 +42,7 @@ __all__ = [
     "eval_step",
     "full",
     "name",
+    "register_rule",
     "sgd",
     "shard",
     "train_step",
@@ -52,6 +54,7 @@ _NAMES = {
     "shardspec.diagnostics": "Diagnostic DonatedError Location ShardingError",
     "shardspec.functional": "cross_entropy name",
     "shardspec.mesh": "Mesh",
+    "shardspec.operators": "register_rule",
     "shardspec.plan": "Plan",
     "shardspec.policy": "Policy",
     "shardspec.rules.table": "Rules",

@@ -298,7 +298,8 @@ split the dim. `ss.cross_entropy` knows a split vocabulary and gathers nothing; 
         explanation="""\
 Nothing says how this operator's result is laid out when its operands are split, or what it does with this
 option. Where all its operands are whole and complete on every axis, any operator passes.
-Gather its operands at a declared point in front of it, or write the step with operators that have a rule.
+Gather its operands at a declared point in front of it, write the step with operators that have a rule, or give
+it one with `ss.register_rule`, which tries it by brute force before it is used.
 A result whose shape depends on values, such as `x[mask]`, has no layout on any mesh: use torch.where.""",
     ),
     CodeEntry(
@@ -436,6 +437,31 @@ Declare the activations that the calls are made from and that they feed, so that
 point behind the uses (`attention:in`) is often the better place than the shared module itself.""",
         wrong='r"layers\\.\\d+\\.attention_norm": "B S D"      # it feeds attention, and the residual too',
         right='r"layers\\.\\d+\\.attention:in": "B S D"',
+    ),
+    CodeEntry(
+        code="SS321",
+        title="an operator's rule that brute force refutes",
+        explanation="""\
+`ss.register_rule` runs the operator on every rank's part, for each layout that the rule would accept on the
+samples, and compares results and gradients with those of the whole. Here they differ: the message gives the
+layout, the result or gradient, an element, and what the rule claims that is not so.
+Usually a factor that the operator needs whole (`!d`), a reduction that is no sum, an argument in linear= in which
+the operator is not linear, the results' dims in another order, or a backward that counts rows. A fix is an edit
+with which the rule was brute-forced again and passed.""",
+        wrong='ss.register_rule(op, "b s d -> b s d", ...)      # a softmax along d',
+        right='ss.register_rule(op, "b s !d -> b s !d", ...)',
+    ),
+    CodeEntry(
+        code="SS322",
+        title="an operator's rule that cannot be tried",
+        explanation="""\
+A rule of one's own is accepted only on evidence. Here there is none, or the evidence would say nothing: no
+samples, a sample that the operator or the notation does not fit, a factor that no sample can split in four parts,
+a tensor that is the same all along a dim, so that its parts cannot be told apart, or a result that holds NaN.
+Also: an operator that has a rule already, writes to its arguments, draws random numbers, or lacks the shape
+function (register_fake) or the backward (register_autograd) that a model will need.""",
+        wrong='ss.register_rule(op, "b d, d -> b d", samples=[(torch.ones(2, 3), torch.ones(3))])',
+        right='ss.register_rule(op, "b d, d -> b d", samples=[(torch.randn(4, 8), torch.randn(8))])',
     ),
     CodeEntry(
         code="SS401",

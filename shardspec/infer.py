@@ -420,7 +420,10 @@ def type_operator(call: Call) -> Typed:
             why="the backward that such a function declares is not seen, so that nothing says which gradients are owed",
             operands=tuple(i for i, kind in enumerate(call.types) if kind.layout.sharded or kind.layout.pending),
             axis=next((a for kind in call.types for a in kind.layout.sharded), ""),
-            advice=("write the function with torch operators, and let autograd derive its backward",),
+            advice=(
+                "write the function with torch operators, and let autograd derive its backward",
+                "or make an operator of it with torch.library.custom_op, and give that one a rule: ss.register_rule",
+            ),
         )
     whole = all_replicated(call) and not any(kind.uniform for kind in call.types)
     if whole and not random and (call.node.func not in RULES or not _is_view_or_fill(call)):
@@ -440,6 +443,7 @@ def type_operator(call: Call) -> Typed:
             (a for kind in call.types for a in (*kind.layout.sharded, *(p[0] for p in kind.layout.pending))),
             "",
         ),
+        advice=(f'give it one: ss.register_rule(torch.ops.{call.node.func}, "...", samples=[...])',),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._library.custom_ops import CustomOpDef
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement
@@ -21,6 +22,15 @@ tree_leaves = _pytree.tree_leaves
 
 OpOverload = torch._ops.OpOverload
 """The class of `torch.ops.aten.add.Tensor` and its kin."""
+
+OpOverloadPacket = torch._ops.OpOverloadPacket
+"""The class of `torch.ops.aten.add` and its kin."""
+
+
+def overload_of(custom: Any) -> Any:
+    """The operator behind what `torch.library.custom_op` gives; None for anything else."""
+    return custom._opoverload if isinstance(custom, CustomOpDef) else None
+
 
 disabled_torch_function = torch._C._disabled_torch_function_impl
 """The `__torch_function__` of a tensor subclass that wants none."""

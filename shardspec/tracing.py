@@ -455,7 +455,8 @@ def _is_ours(file: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _operator_name(func: Any) -> str:
-    return func._schema.name.partition("::")[2]
+    """`add` for torch's own; with its namespace for any other, which may have the same name."""
+    return func._schema.name.removeprefix("aten::")
 
 
 @functools.lru_cache(maxsize=4096)

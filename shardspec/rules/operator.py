@@ -162,6 +162,9 @@ FIRST = "first"
 COPY = "copy"
 """Moves or repeats elements and computes nothing."""
 
+Linear = str | tuple[frozenset[int], ...]
+"""One of the above; or sets of operands, in each of which together the operator is linear, the others fixed."""
+
 
 def name_of(call: Call) -> str:
     """The operator as a reader knows it: `mul`, `softmax`."""
@@ -231,7 +234,7 @@ def _one_factor_an_axis(
     return owner
 
 
-def _pending(call: Call, owner: Mapping[str, Label], linear: str, scalars: bool) -> list[tuple[str, str]]:
+def _pending(call: Call, owner: Mapping[str, Label], linear: Linear, scalars: bool) -> list[tuple[str, str]]:
     """The pending reductions that pass the operator (rules 4 to 6 of the design)."""
     passed: list[tuple[str, str]] = []
     axes = {axis: kind for typed in call.types for axis, kind in typed.layout.pending}
@@ -247,6 +250,14 @@ def _pending(call: Call, owner: Mapping[str, Label], linear: str, scalars: bool)
             raise _pending_refusal(
                 call, axis, held, f"the operands are pending in two ways ({', '.join(map(str, found))})"
             )
+        if not isinstance(linear, str):
+            # A mean passes what is affine; a sum needs all that are linear together to be shares of it.
+            if kind not in (SUM, AVG) or not any(
+                group == set(held) or (kind == AVG and group.issuperset(held)) for group in linear
+            ):
+                raise _pending_refusal(call, axis, held, f"{name_of(call)} is not declared linear in that alone")
+            passed.append((axis, kind))
+            continue
         if linear == NONLINEAR or (kind not in (SUM, AVG) and linear != COPY):
             raise _pending_refusal(call, axis, held, f"{name_of(call)} is not linear, so f(a) + f(b) is not f(a + b)")
         if linear == PRODUCT and len(held) > 1:
@@ -285,7 +296,7 @@ def unify(
     labels: Sequence[Sequence[Label]],
     outputs: Sequence[Sequence[Label]],
     *,
-    linear: str = NONLINEAR,
+    linear: Linear = NONLINEAR,
     contracted: str = SUM,
     whole: Iterable[Label] = (),
     scalars: bool = False,

@@ -42,13 +42,20 @@ class Rule:
         return Location(file=shorten(self.origin.file), line=line, text=f'r"{self.pattern}": {value}')
 
 
-def _caller() -> Origin:
+def caller() -> Origin:
     """The nearest frame outside this package."""
     frame = sys._getframe(1)
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     while frame.f_back is not None and frame.f_code.co_filename.startswith(here + os.sep):
         frame = frame.f_back
     return Origin(frame.f_code.co_filename, frame.f_lineno)
+
+
+def calling_line() -> Location:
+    """The line of the nearest frame outside this package."""
+    origin = caller()
+    text = linecache.getline(origin.file, origin.line).strip()
+    return Location(file=shorten(origin.file), line=origin.line, text=text)
 
 
 @functools.lru_cache(maxsize=64)
@@ -103,7 +110,7 @@ class Rules:
         attributes: Mapping[str, Mapping[str, str]] | None = None,
         sizes: Mapping[str, int] | None = None,
     ) -> None:
-        origin = _caller()
+        origin = caller()
         self.__attrs_init__(  # pyright: ignore[reportAttributeAccessIssue]
             params=_entries("params", params, origin),
             activations=_entries("activations", activations or {}, origin),
@@ -152,7 +159,7 @@ class Rules:
         Raises:
             ShardingError: SS201 for a pattern in `drop` that the table does not have.
         """
-        origin = _caller()
+        origin = caller()
         drop = (drop,) if isinstance(drop, str) else tuple(drop)
         missing = [pattern for pattern in drop if all(rule.pattern != pattern for rule in self.rules)]
         if missing:

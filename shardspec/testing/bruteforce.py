@@ -25,7 +25,7 @@ from shardspec.rules.table import Rules
 from shardspec.spec import P
 from shardspec.survey import survey
 from shardspec.testing.local_call import call_locally, masked_lookup
-from shardspec.testing.simulate import Ranks, coordinates, difference, group, scatter
+from shardspec.testing.simulate import Ranks, coordinates, difference, group, rank_name, scatter
 from shardspec.tracing import HostRead
 from shardspec.typecheck import OPERATOR_FAMILIES  # pyright: ignore[reportUnusedImport]  # noqa: F401
 
@@ -76,7 +76,7 @@ def verify_operator(
     names = [f"x{index}" for index in range(len(inputs))]
     fitted = dict(zip(names, _fit(names, inputs, layouts, mesh), strict=True))
     try:
-        program = trace(survey(_Operator(op, inputs)), {})
+        program = trace(survey(Operator(op, inputs)), {})
     except HostRead as error:
         return Verdict(accepted=False, refusal=str(error))
     inference = Inference(mesh.shape, _claims(program, fitted), {}, lambda *_: None, Kin())
@@ -101,7 +101,7 @@ def verify_operator(
     return Verdict(accepted=True, outputs=tuple(map(typed.layout, outputs)))
 
 
-class _Operator(nn.Module):
+class Operator(nn.Module):
     """An operator as a model without arguments, its inputs as parameters and buffers."""
 
     def __init__(self, op: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
@@ -186,18 +186,18 @@ class _Trial:
                 self.values[index] = {at: value.data.clone() for at in coordinates(sizes)}
         for position, node in enumerate(graph.nodes):
             self._node(position, node)
-        for index, whole in zip(outputs, self.whole, strict=True):
-            self._check(self.values[index], whole, index)
+        for number, (index, whole) in enumerate(zip(outputs, self.whole, strict=True)):
+            self._check(self.values[index], whole, index, f"result {number}")
 
-    def _check(self, ranks: Ranks, whole: Tensor, index: int) -> None:
+    def _check(self, ranks: Ranks, whole: Tensor, index: int, name: str) -> None:
         kind = self.typed.types[index]
         assert kind is not None, "an accepted program is typed"
         for dim in kind.uniform:
             if whole.numel() and not torch.equal(whole, whole.narrow(dim, 0, 1).expand_as(whole)):
-                raise _WrongError(f"dim {dim} of the result is said to be uniform, and is not")
+                raise _WrongError(f"dim {dim} of {name} is said to be uniform, and is not")
         held = next(iter(ranks.values()))
         if held.dtype != whole.dtype:
-            raise _WrongError(f"the result is {whole.dtype} on the whole and {held.dtype} on a rank")
+            raise _WrongError(f"{name} is {whole.dtype} on the whole and {held.dtype} on a rank")
         problem = difference(
             {at: tensor.detach() for at, tensor in ranks.items()},
             whole.detach(),
@@ -206,7 +206,7 @@ class _Trial:
             tolerance=TOLERANCE.get(whole.dtype, 0.0),
         )
         if problem:
-            raise _WrongError(f"a result is said to be {kind.layout}: {problem}")
+            raise _WrongError(f"{name} is said to be {kind.layout}: {problem}")
 
     def _node(self, position: int, node: Node) -> None:
         types = [self.typed.types[index] for index in node.outputs if index is not None]
@@ -233,7 +233,7 @@ class _Trial:
             for at, tensor in self.values[index].items():
                 if not _fits(tuple(tensor.shape), kind):
                     raise _WrongError(
-                        f"{node.op} gives rank {at} shape {tuple(tensor.shape)}, its type is {kind.layout}"
+                        f"{node.op} gives {rank_name(at)} shape {tuple(tensor.shape)}, its type is {kind.layout}"
                     )
 
     def _operands(self, position: int, node: Node, at: Any) -> Callable[[Ref], Tensor]:

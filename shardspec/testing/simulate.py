@@ -114,13 +114,15 @@ def difference(ranks: Ranks, whole: Tensor, layout: Layout, sizes: Sizes, *, tol
     for coordinate, held in complete(ranks, layout.pending, sizes).items():
         wanted = part(whole, layout, dict(coordinate), sizes)
         if held.shape != wanted.shape:
-            return f"{_name(coordinate)} holds shape {tuple(held.shape)}, its part has {tuple(wanted.shape)}"
-        if not torch.allclose(held, wanted, rtol=0.0, atol=tolerance * scale, equal_nan=True):
-            return (
-                f"{_name(coordinate)} holds {held.flatten()[:8].tolist()}, its part is {wanted.flatten()[:8].tolist()}"
-            )
+            return f"{rank_name(coordinate)} holds shape {tuple(held.shape)}, its part has {tuple(wanted.shape)}"
+        close = torch.isclose(held, wanted, rtol=0.0, atol=tolerance * scale, equal_nan=True)
+        if not close.all():
+            at = tuple((~close).nonzero()[0].tolist())
+            one, two = (tensor[at].item() for tensor in (held, wanted))
+            return f"{rank_name(coordinate)} holds {one:.6g} at {list(at)}, its part has {two:.6g} there"
     return ""
 
 
-def _name(coordinate: Coordinate) -> str:
+def rank_name(coordinate: Coordinate) -> str:
+    """A rank, in words."""
     return "rank " + (",".join(f"{axis}={index}" for axis, index in coordinate) or "0")
