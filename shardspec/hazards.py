@@ -3,6 +3,7 @@ writes in place across a boundary."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from attrs import frozen
 
 from shardspec.aliasing import writes
@@ -12,8 +13,9 @@ from shardspec.infer import TypedGraph, absolute, producer
 from shardspec.layout import MAX, MIN
 from shardspec.lower import Passed, distinct_calls, passed_points
 from shardspec.plan import ParamPlan, UnitPlan
-from shardspec.program import Node
+from shardspec.program import Graph, Node, Ref, tensors
 from shardspec.rules.match import as_pattern, fold
+from shardspec.rules.operator import named_arguments
 from shardspec.stages import TypedProgram
 
 
@@ -134,7 +136,10 @@ def writes_across(
     for frames in writing([Frame(typed.forward, typed.backward, 0)], set()):
         typed_graph = frames[-1].typed
         node = typed_graph.graph.nodes[frames[-1].at]
-        reason, rules = boundary(frames, node.args[0].index, gathered)
+        index = target(node)
+        reason, rules = boundary(frames, index, gathered)
+        if not reason and typed.mesh.world > 1 and read_again(frames, index):
+            reason = "a tensor from outside its block, which is read again there"
         if reason:
             blocks = typed.inference.blocks_like(typed_graph)
             yield Diagnostic(
@@ -159,6 +164,56 @@ def writing(frames: list[Frame], seen: set[tuple[int, int]]) -> Iterator[list[Fr
             yield from writing([*here, Frame(inner, back, 0)], seen)
         elif node.args and writes(node.func):
             yield here
+
+
+def target(node: Node) -> int:
+    """The value that an operation writes to: its first operand, or what is given as `out=`."""
+    written = [argument.name for argument in node.func._schema.arguments if argument.is_write]
+    named = named_arguments(node)
+    return next((ref.index for name in written for ref in tensors(named.get(name))), node.args[0].index)
+
+
+def read_again(frames: Sequence[Frame], index: int) -> bool:
+    """Whether a caller of the block in which a value is written reads the tensor afterwards, under any name.
+
+    The caller's graph would hold the value before the write: what the write depends on would get no gradient.
+    """
+    shared = {index}
+    for inner, outer in zip(reversed(frames[1:]), reversed(frames[:-1]), strict=True):
+        shared = names_of(inner.typed.graph, shared, inner.at)
+        call, graph = outer.typed.graph.nodes[outer.at], outer.typed.graph
+        given = zip(inner.typed.graph.inputs, call.args, strict=True)
+        shared = names_of(graph, {ref.index for value, ref in given if value in shared}, outer.at)
+        later = graph.nodes[outer.at + 1 :]
+        if any(value in graph.outputs or any(reads(node, value) for node in later) for value in shared):
+            return True
+    return False
+
+
+def names_of(graph: Graph, values: set[int], before: int) -> set[int]:
+    """The values that may share memory with some, as far as the operations in front of one tell."""
+    shared = set(values)
+    pairs = [pair for node in graph.nodes[:before] for pair in renamed(node)]
+    while True:
+        more = {one for pair in pairs if not shared.isdisjoint(pair) for one in pair} - shared
+        if not more:
+            return shared
+        shared |= more
+
+
+def renamed(node: Node) -> Iterator[tuple[int, int]]:
+    """(operand, result) where the result of an operation may be the operand, or a view of it."""
+    if node.op == "block":
+        inner = node.func.block
+        for out, index in zip(node.outputs, inner.outputs, strict=True):
+            shared = names_of(inner, {index}, len(inner.nodes))
+            given = zip(inner.inputs, node.args, strict=True)
+            yield from ((ref.index, out) for value, ref in given if value in shared and out is not None)
+        return
+    schema = getattr(node.func, "_schema", None)
+    views = isinstance(schema, torch.FunctionSchema) and any(made.alias_info is not None for made in schema.returns)
+    if (views or node.op in ("point", "written")) and node.args and isinstance(node.args[0], Ref):
+        yield from ((node.args[0].index, out) for out in node.outputs if out is not None)
 
 
 Crossing = tuple[str, tuple[Location, ...]]

@@ -232,8 +232,9 @@ class Tracer(TorchDispatchMode):
             return f"it writes to a {kind} of the model"
         if family.parts:
             return "other views of the same tensor see the write"
-        outside = [frame for frame in self.frames[:-1] if family.whole & frame.ids.keys()]
-        return "a tensor from outside the block sees the write" if outside else ""
+        outside = any(family.whole & frame.ids.keys() for frame in self.frames[:-1])
+        entered = any(values[self.frame.ids[member]].kind == "formal" for member in members)
+        return "a tensor from outside the block sees the write" if outside or entered else ""
 
     def _constant(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The operator's value, where all that it reads is constant, small and not random."""
