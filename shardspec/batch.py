@@ -1,7 +1,7 @@
 """A batch before it runs: what decides its program, its entries' layouts, its microbatches."""
 
 import linecache
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from shardspec.plan import ActivationPlan
 from shardspec.rules.fit import check_rank, dims_of, layout_of
 from shardspec.rules.match import assign
 from shardspec.rules.parse import Table
+from shardspec.spec import Dim
 from shardspec.survey import Survey
 from shardspec.tracing import HostRead
 from shardspec.twin import required_arguments
@@ -26,6 +27,17 @@ def batch_key(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
         (name, tuple(item.shape), item.dtype) if isinstance(item, torch.Tensor) else (name, repr(item))
         for name, item in inputs.items()
     )
+
+
+def describe(batch: Mapping[str, Any]) -> str:
+    """A batch's names, shapes and dtypes, in words."""
+    said = (
+        f"{name} {tuple(item.shape)} {str(item.dtype).removeprefix('torch.')}"
+        if isinstance(item, torch.Tensor)
+        else f"{name}={item!r}"
+        for name, item in batch.items()
+    )
+    return f"a batch of {', '.join(said)}"
 
 
 def check_inputs(inputs: Mapping[str, Any], names: Survey) -> None:
@@ -73,16 +85,12 @@ def entry_plans(
 
 def global_shapes(table: Table, mesh: Mesh, batch: Batch) -> dict[str, Any]:
     """The whole batch that a local one is a part of, on meta."""
-    whole: dict[str, Any] = {}
-    for name, item in batch.items():
-        entry = next((entry for entry in table.activations if entry.regex.fullmatch(name)), None)
-        if not isinstance(item, torch.Tensor) or entry is None or len(entry.spec.dims) > item.ndim:
-            whole[name] = item
-            continue
-        dims = dims_of(entry.spec, item.ndim)
-        shape = [length * degree(mesh, dim.all_axes) for length, dim in zip(item.shape, dims, strict=False)]
-        whole[name] = torch.empty(shape, dtype=item.dtype, device="meta")
-    return whole
+
+    def whole(name: str, shape: Sequence[int], dims: Sequence[Dim]) -> list[int]:
+        del name
+        return [length * degree(mesh, dim.all_axes) for length, dim in zip(shape, dims, strict=True)]
+
+    return _reshaped(table, batch, whole)
 
 
 def microbatch_shapes(table: Table, mesh: Mesh, batch: Batch, count: int) -> dict[str, Any]:
@@ -91,22 +99,31 @@ def microbatch_shapes(table: Table, mesh: Mesh, batch: Batch, count: int) -> dic
     Raises:
         ShardingError: SS301 where the rows cannot be cut so.
     """
-    if count == 1:
-        return dict(batch)
-    part: dict[str, Any] = {}
+
+    def part(name: str, shape: Sequence[int], dims: Sequence[Dim]) -> list[int]:
+        cut = list(shape)
+        at = next((i for i, dim in enumerate(dims) if any(axis in BATCH_AXES for axis in dim.all_axes)), None)
+        if at is not None:
+            check_rows(cut[at], count, degree(mesh, dims[at].all_axes), name)
+            cut[at] //= count
+        return cut
+
+    return dict(batch) if count == 1 else _reshaped(table, batch, part)
+
+
+def _reshaped(
+    table: Table, batch: Batch, change: Callable[[str, Sequence[int], Sequence[Dim]], list[int]]
+) -> dict[str, Any]:
+    """A batch on meta with other shapes, by each entry's name, shape and dims; what no rule fits stays as it is."""
+    changed: dict[str, Any] = {}
     for name, item in batch.items():
         entry = next((entry for entry in table.activations if entry.regex.fullmatch(name)), None)
         if not isinstance(item, torch.Tensor) or entry is None or len(entry.spec.dims) > item.ndim:
-            part[name] = item
+            changed[name] = item
             continue
-        dims = dims_of(entry.spec, item.ndim)
-        at = next((i for i, dim in enumerate(dims) if any(axis in BATCH_AXES for axis in dim.all_axes)), None)
-        shape = list(item.shape)
-        if at is not None:
-            check_rows(shape[at], count, degree(mesh, dims[at].all_axes), name)
-            shape[at] //= count
-        part[name] = torch.empty(shape, dtype=item.dtype, device="meta")
-    return part
+        shape = change(name, item.shape, dims_of(entry.spec, item.ndim))
+        changed[name] = torch.empty(shape, dtype=item.dtype, device="meta")
+    return changed
 
 
 def check_rows(rows: int, count: int, share: int, name: str) -> None:

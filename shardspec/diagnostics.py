@@ -1,7 +1,10 @@
 """What a user is told: one frozen `Diagnostic` a mistake, rendered here and nowhere else."""
 
+import linecache
 import os
+import sys
 from collections.abc import Iterable
+from types import FrameType
 from typing import Any, NoReturn
 
 from attrs import field, frozen
@@ -24,6 +27,22 @@ def shorten(file: str) -> str:
     """The path as seen from the working directory, where it lies below it."""
     relative = os.path.relpath(file) if os.path.isabs(file) else file
     return file if relative.startswith("..") else relative
+
+
+def calling_frame() -> FrameType:
+    """The nearest frame outside this package."""
+    frame = sys._getframe(1)
+    ours = (os.path.dirname(os.path.abspath(__file__)) + os.sep, "<attrs generated")
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
+        frame = frame.f_back
+    return frame
+
+
+def calling_line() -> Location:
+    """The line of the nearest frame outside this package."""
+    frame = calling_frame()
+    file, line = frame.f_code.co_filename, frame.f_lineno
+    return Location(file=shorten(file), line=line, text=linecache.getline(file, line).strip())
 
 
 @frozen(kw_only=True)

@@ -8,13 +8,12 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from shardspec.diagnostics import Diagnostic, Location, ShardingError
+from shardspec.diagnostics import Diagnostic, Location, ShardingError, calling_line
 from shardspec.layout import AVG, MAX, MIN, SUM
 from shardspec.nests import replace_tensors, tensor_leaves
 from shardspec.rules.factors import FactorRule, Notation, NotationError, parse_notation, size_names
 from shardspec.rules.operator import RULES
 from shardspec.rules.pointwise import is_pointwise
-from shardspec.rules.table import calling_line
 from shardspec.testing.trials import Failure, Misfit, Sample, try_rule
 from shardspec.torch_private import OpOverload, OpOverloadPacket, overload_of
 

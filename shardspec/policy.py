@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from attrs import field, frozen
 
-from shardspec.diagnostics import refuse
+from shardspec.diagnostics import calling_line, refuse
 
 
 def _patterns(value: bool | str | Sequence[str]) -> bool | tuple[str, ...]:
@@ -38,7 +38,13 @@ class Policy:
 
     def __attrs_post_init__(self) -> None:
         if self.accumulate < 1:
-            refuse("SS405", f"accumulate={self.accumulate}", why="a step has at least one microbatch")
+            refuse(
+                "SS405",
+                f"accumulate={self.accumulate}",
+                why="a step has at least one microbatch",
+                locations=(calling_line(),),
+                advice=("give accumulate=1, or leave it out, for a step of one microbatch",),
+            )
 
 
 def chosen(option: bool | tuple[str, ...], name: str) -> bool:

@@ -4,13 +4,11 @@ import ast
 import difflib
 import functools
 import linecache
-import os
-import sys
 from collections.abc import Mapping, Sequence
 
 from attrs import field, frozen
 
-from shardspec.diagnostics import Diagnostic, Location, ShardingError, shorten
+from shardspec.diagnostics import Diagnostic, Location, ShardingError, calling_frame, shorten
 from shardspec.spec import P
 
 Unit = str | tuple[str, ...]
@@ -44,18 +42,8 @@ class Rule:
 
 def caller() -> Origin:
     """The nearest frame outside this package."""
-    frame = sys._getframe(1)
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(here + os.sep):
-        frame = frame.f_back
+    frame = calling_frame()
     return Origin(frame.f_code.co_filename, frame.f_lineno)
-
-
-def calling_line() -> Location:
-    """The line of the nearest frame outside this package."""
-    origin = caller()
-    text = linecache.getline(origin.file, origin.line).strip()
-    return Location(file=shorten(origin.file), line=origin.line, text=text)
 
 
 @functools.lru_cache(maxsize=64)

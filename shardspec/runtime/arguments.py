@@ -1,27 +1,33 @@
 """What a user passes to the runtime: checked for its kind before it is used."""
 
+import difflib
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from shardspec.diagnostics import Diagnostic, refuse
+from shardspec.diagnostics import Diagnostic, calling_line, refuse
 from shardspec.plan import UnitPlan
 from shardspec.policy import Policy
-from shardspec.rules.match import fold
+from shardspec.rules.match import as_pattern, fold
 from shardspec.runtime.optim import Optimizer
 
 
 def unmatched_policy(policy: Policy, units: tuple[UnitPlan, ...]) -> Iterator[Diagnostic]:
     """SS405 for a pattern of the policy that matches no unit."""
     names = [name for unit in units if unit.modules for name in (unit.name, *unit.modules)]
+    known = list(dict.fromkeys(as_pattern(fold(name)) for name in names))
     for option in ("remat", "compile", "reshard_after_forward"):
         patterns = getattr(policy, option)
         for pattern in () if isinstance(patterns, bool) else patterns:
             if not any(re.fullmatch(pattern, name) for name in names):
+                near = difflib.get_close_matches(pattern, known, 1)
                 yield Diagnostic(
                     code="SS405",
                     what=f'{option}: r"{pattern}" matches no unit',
-                    why=f"the units are {', '.join(dict.fromkeys(map(fold, names))) or 'none but the root'}",
+                    why=f"the units are {', '.join(dict.fromkeys(map(fold, names))) or 'none but the root'}\n"
+                    "a pattern is matched whole against a unit's name, and what this one asks for would not happen",
+                    locations=(calling_line(),),
+                    advice=(f'did you mean r"{near[0]}"?',) if near else ("name a unit of the table",),
                 )
 
 
