@@ -401,8 +401,9 @@ Decide by tensors (`torch.where`, a mask), or do it to the batch before the step
         explanation="""\
 A write changes every tensor that shares the memory. It is refused where it would change a layout, where
 views of the same tensor see it, where it goes to a parameter (which on a mesh is a gathered copy, thrown
-away after use), and where a declared point lies between: behind the point there may be another tensor, and
-what is written is not seen in front of it.
+away after use), where a declared point lies between: behind the point there may be another tensor, and what is
+written is not seen in front of it; and where a repeated block writes to a tensor of its caller's that is read
+again, for the gradients of what was written would be summed by nobody.
 Use the form of the operator that makes a new tensor; the compiler's memory is not worse for it.""",
         wrong="q[..., :2].mul_(0.5)",
         right="q = torch.cat((q[..., :2] * 0.5, q[..., 2:]), -1)",
@@ -490,7 +491,8 @@ line is the innermost of yours.""",
 The world has another number of ranks than the mesh, no launcher started it, or the ranks did not compile the
 same plan. Each rank compiles the table for itself, and the plans are compared before anything is touched: a
 rank with another table, another model or another batch shape would otherwise wait in a collective that the
-others do not run. A mesh of size one needs no launcher.""",
+others do not run. A mesh of size one needs no launcher. A step that fails on one rank is told on the others too,
+as soon as that rank's process ends: with SS403 and that rank's own words. It does not go on alone.""",
         wrong="python train.py      # with ss.Mesh(fsdp=2, tp=2)",
         right="torchrun --nproc-per-node 4 train.py",
     ),
@@ -533,6 +535,16 @@ a dict in its place, a gradient for a parameter that is not trained, or a state 
 before anything moves.
 Make states with `sharded.init`, `sharded.load` or `ss.restore`; `ss.restore` reads any mesh's files into any
 other.""",
+    ),
+    CodeEntry(
+        code="SS421",
+        title="a step that fails while it runs",
+        explanation="""\
+What torch raised in forward, in the loss or in backward, with what is known of the place in front: the module and
+its line, the tensors that lie there on a rank, and the rules that laid them out so. The error is of torch's own
+class still (`except IndexError` catches it), and the original is its cause.
+Typing knows shapes and layouts, and no values: an index out of range, a label beyond the vocabulary or memory
+that does not suffice show only now. The state that the step was given is as it was.""",
     ),
 )
 

@@ -160,6 +160,11 @@ def empty_padded(record: Any, shape: tuple[int, ...], dtype: torch.dtype, device
     return padded if tuple(padded.shape) == shape else padded.narrow(dim, 0, shape[dim] if padded.numel() else 0)
 
 
+def default_store() -> dist.Store:
+    """The store through which the world's processes found each other."""
+    return dist.distributed_c10d._get_default_store()
+
+
 _SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 _GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 """Renamed in torch 2.13."""

@@ -27,7 +27,7 @@ LAYERS = (
     "arguments claims lower fixes explain",
     "hazards batch typecheck",
     "compiler",
-    "runtime.agreement runtime.fabric runtime.gather runtime.optim runtime.rng runtime.vocab",
+    "runtime.agreement runtime.fabric runtime.failure runtime.gather runtime.optim runtime.rng runtime.vocab",
     "runtime.arguments runtime.boundary runtime.recipe runtime.state",
     "runtime.attach runtime.init runtime.weights",
     "runtime.apply",

@@ -22,6 +22,7 @@ def agree(
     what: str,
     attempt: Callable[[], tuple[T, Mapping[str, str]]],
     details: Callable[[T], Mapping[str, str]] | None = None,
+    meet: Callable[[], None] | None = None,
 ) -> T:
     """Run `attempt` on every rank; what it gives, if no rank refuses and all say the same.
 
@@ -29,6 +30,7 @@ def agree(
         what: what is agreed on, in words.
         attempt: gives its result and, by name, digests of what must be the same on every rank.
         details: by name, what to compare where the digests differ.
+        meet: where the others may not come here: waits for them. This rank's refusal is then its own alone.
 
     Raises:
         ShardingError: this rank's own; SS403 on every other rank, and where the ranks differ.
@@ -41,6 +43,10 @@ def agree(
         found = attempt()
     except ShardingError as error:
         failed = error
+    if meet is not None:
+        if failed is not None:
+            raise failed
+        meet()
     every = exchange(world, (found[1] if found else {}, failed.diagnostics if failed else ()))
     if failed is not None:
         raise failed

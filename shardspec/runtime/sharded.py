@@ -1,5 +1,6 @@
 """`ss.shard`: a model with a plan, on this rank."""
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -11,9 +12,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
 from shardspec.arguments import as_model, check_arguments, check_batch
-from shardspec.batch import batch_key, check_rows
+from shardspec.batch import batch_key, check_rows, describe
 from shardspec.compiler import Compiler, settle
-from shardspec.diagnostics import Diagnostic, refuse
+from shardspec.diagnostics import Diagnostic, ShardingError, calling_line, refuse
 from shardspec.mesh import BATCH_AXES, Mesh, degree
 from shardspec.placement import local_index, stored_shape
 from shardspec.plan import ActivationPlan, Plan
@@ -24,13 +25,14 @@ from shardspec.runtime.apply import LocalModel, apply, build_source, local_part
 from shardspec.runtime.arguments import as_optimizer, unmatched_policy
 from shardspec.runtime.attach import Wiring, attach
 from shardspec.runtime.fabric import Fabric, check_world, connect, join_world
+from shardspec.runtime.failure import Notices
 from shardspec.runtime.gather import gather
 from shardspec.runtime.init import NotReplayable, materialise
 from shardspec.runtime.optim import Optimizer
 from shardspec.runtime.state import OptState, Specs, Store, TrainState
 from shardspec.runtime.weights import given_name, misfits
 from shardspec.survey import Model, survey
-from shardspec.torch_private import local_of, make_spec
+from shardspec.torch_private import default_store, local_of, make_spec
 
 LossFn = Callable[[Any, dict[str, Any]], tuple[Any, Any]]
 Batch = Mapping[str, Any]
@@ -51,6 +53,7 @@ class Sharded:
         self.buffers: dict[str, Tensor] = self.local.held_buffers()
         """What persistent buffers are in a new state."""
         self.wiring = Wiring(self.fabric)
+        self.notices = Notices.of_world(default_store() if world > 1 else None, self.fabric.rank, world)
         self.programs: dict[Any, Plan] = {}
         self._hooked: set[tuple[str, str]] = set()
         self._entries: dict[Any, dict[str, ActivationPlan]] = {}
@@ -116,7 +119,14 @@ class Sharded:
                 plan = self.compiler.plan(self.mesh, whole, loss_fn, training=training)
                 return plan, {"plan": plan.hash}
 
-            found = agree(self.mesh.world, "the batch", typed, lambda plan: details_of(plan.params, plan))
+            try:
+                # Where a program is known already, the others may be running it and not come here.
+                meet = functools.partial(self.notices.meet, describe(batch)) if self.programs else None
+                found = agree(self.mesh.world, "the batch", typed, lambda plan: details_of(plan.params, plan), meet)
+            except ShardingError as error:
+                if self.programs:
+                    self.notices.tell(str(error))
+                raise
             self.programs[key] = found
             if self.plan is None:
                 self.plan = found
@@ -254,7 +264,7 @@ class Sharded:
         """
 
         def fits() -> tuple[None, Mapping[str, str]]:
-            settle(misfits(state_dict, self.params))
+            settle(misfits(state_dict, self.params, calling_line()))
             plain = ((name, item) for name, item in state_dict.items() if not isinstance(item, DTensor))
             return None, {"seed": str(seed), "weights": fingerprint(plain) if self.mesh.world > 1 else ""}
 

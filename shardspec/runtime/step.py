@@ -10,11 +10,12 @@ import torch.distributed as dist
 from attrs import define, evolve
 from torch import Tensor
 
-from shardspec.diagnostics import refuse
+from shardspec.diagnostics import calling_line, refuse
 from shardspec.lower import reduced_by_hand
 from shardspec.mesh import degree
 from shardspec.plan import LossPlan, ParamPlan, Plan
 from shardspec.runtime.attach import Local
+from shardspec.runtime.failure import explain
 from shardspec.runtime.sharded import Batch, LossFn, Sharded
 from shardspec.runtime.state import Finite, Metric, OptState, Store, TrainState, copy_tree, next_rng
 from shardspec.torch_private import foreach_copy_, foreach_norm, view_as_dtensor
@@ -170,7 +171,7 @@ def train_step(
         held = with_optimizer(state)
         plan = sharded.program(batch, loss_fn)
         assert plan.loss is not None, "a step's plan knows its loss"
-        with lent(sharded, held.params.locals, held.buffers.locals):
+        with lent(sharded, plan, held.params.locals, held.buffers.locals):
             sums = run(sharded, plan, batch, loss_fn, rng=state.rng, backward=True)
             grads = sharded.local.gradients()
             reduce_owed(sharded, plan, grads)
@@ -196,20 +197,29 @@ def check_sharded(sharded: Any, what: str) -> None:
 def check_clip(clip: float | None) -> None:
     """SS405 for a norm that is none."""
     if clip is not None and not clip > 0:
-        refuse("SS405", f"clip={clip}", why="the largest norm is above 0; None does not clip")
+        refuse(
+            "SS405",
+            f"clip={clip}",
+            why="gradients are scaled so that their norm is at most this, which must be above 0",
+            locations=(calling_line(),),
+            advice=("give clip=None not to clip",),
+        )
 
 
 @contextmanager
-def lent(sharded: Sharded, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Generator[None]:
-    """Have the model compute with these, without gradients so far; leave nothing behind where that fails."""
+def lent(sharded: Sharded, plan: Plan, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Generator[None]:
+    """Have the model compute with these, without gradients so far; where that fails leave nothing behind, and say
+    where it did."""
+    sharded.notices.begin()
     sharded.local.bind(params)
     sharded.local.lend_buffers(buffers)
     sharded.local.clear_gradients()
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         sharded.local.reset()
-        raise
+        rules = {rule.pattern: rule.location for rule in sharded.compiler.rules.rules}
+        explain(error, sharded.module, plan, rules, sharded.notices)
 
 
 def with_optimizer(state: TrainState) -> Any:
@@ -307,7 +317,7 @@ def value_and_grad(sharded: Sharded, loss_fn: LossFn) -> Callable[..., Any]:
     def grad_fn(params: Mapping[str, Tensor], batch: Batch, rng: int = 0) -> Any:
         plan = sharded.program(batch, loss_fn)
         assert plan.loss is not None, "a step's plan knows its loss"
-        with lent(sharded, sharded.locals_of(params), sharded.local.held_buffers()):
+        with lent(sharded, plan, sharded.locals_of(params), sharded.local.held_buffers()):
             sums = run(sharded, plan, batch, loss_fn, rng=rng, backward=True)
             grads = sharded.local.gradients()
             reduce_owed(sharded, plan, grads)
@@ -368,7 +378,7 @@ def eval_step(sharded: Sharded, loss_fn: LossFn) -> Callable[[TrainState, Batch]
         modes = {module: module.training for module in sharded.module.modules()}
         sharded.module.eval()
         try:
-            with lent(sharded, held.params.locals, held.buffers.locals), torch.no_grad():
+            with lent(sharded, plan, held.params.locals, held.buffers.locals), torch.no_grad():
                 sums = run(sharded, plan, batch, loss_fn, backward=False)
         finally:
             for module, mode in modes.items():
