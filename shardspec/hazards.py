@@ -152,18 +152,25 @@ def writes_across(
             )
 
 
-def writing(frames: list[Frame], seen: set[tuple[int, int]]) -> Iterator[list[Frame]]:
-    """Every write in place, as the frames that lead to it; a block that runs alike again is not looked at again."""
-    outer = frames[-1]
+def writing(frames: list[Frame], without: set[int]) -> Iterator[list[Frame]]:
+    """Every write in place, as the frames that lead to it, by each call of a block: what the callers do differs.
+
+    Args:
+        without: the typed graphs that are known to write nothing; those found are added.
+    """
+    outer, wrote = frames[-1], False
     for position, node in enumerate(outer.typed.graph.nodes):
         here = [*frames[:-1], Frame(outer.typed, outer.back, position)]
         inner = outer.typed.calls.get(position)
-        back = outer.back.calls.get(position) if outer.back else None
-        if inner is not None and (id(inner), id(back)) not in seen:
-            seen.add((id(inner), id(back)))
-            yield from writing([*here, Frame(inner, back, 0)], seen)
-        elif node.args and writes(node.func):
+        if inner is not None and id(inner) not in without:
+            back = outer.back.calls.get(position) if outer.back else None
+            yield from writing([*here, Frame(inner, back, 0)], without)
+            wrote |= id(inner) not in without
+        elif inner is None and node.args and writes(node.func):
+            wrote = True
             yield here
+    if not wrote:
+        without.add(id(outer.typed))
 
 
 def target(node: Node) -> int:

@@ -34,8 +34,9 @@ class Layer(nn.Module):
 class Model(nn.Module):
     """Replicated values in layers, then a split product; `again` reads the stream's first value at the end."""
 
-    def __init__(self, way: str, *, again: bool = False) -> None:
+    def __init__(self, way: str, *, again: bool = False, apart: bool = False) -> None:
         super().__init__()
+        self.apart = apart
         self.g = nn.Parameter(torch.ones(8))
         self.layers = nn.ModuleList(Layer(way) for _ in range(2))
         self.up, self.down = nn.Linear(8, 16, bias=False), nn.Linear(16, 8, bias=False)
@@ -44,8 +45,8 @@ class Model(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kept = self.g * 1.0
         stream = first = self.g * 2.0
-        for layer in self.layers:
-            stream = layer(stream, kept)
+        for index, layer in enumerate(self.layers):
+            stream = layer(stream, kept if index or not self.apart else self.g * 3.0)
         last = first if self.again else stream
         return self.down(self.up(x * kept * last))
 
@@ -63,6 +64,12 @@ def test_a_write_that_the_caller_reads_is_refused(way, mesh):
     (found,) = caught.value.diagnostics
     assert found.code == "SS314"
     assert "writes in place to a tensor from outside its block, which is read again there" in found.what
+
+
+def test_the_write_of_a_later_call_of_the_same_block_is_looked_at_too():
+    """The first layer writes to a tensor that nothing reads again, the second to one that the model does."""
+    with pytest.raises(ss.ShardingError, match="read again there"):
+        check(Model("kept", apart=True), ss.Mesh(tp=2))
 
 
 def test_a_write_is_seen_under_the_name_that_an_earlier_block_gave_back():
