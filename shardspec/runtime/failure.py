@@ -73,27 +73,31 @@ class Notices:
     def post(self, text: str) -> None:
         """Tell the others how this rank's step failed, in the midst of it."""
         self.failed = text
-        self.tell(text)
-        with suppress(RuntimeError):
+        with suppress(RuntimeError):  # the store's host may be gone
+            self._leave(text, self.begun)
             self._arrive(f"failed/{self.begun}", wait=False)
 
     def tell(self, text: str) -> None:
-        """Leave a notice that a rank finds which waited in vain."""
+        """Tell the others why this rank does not begin the step that they may be in."""
+        with suppress(RuntimeError):
+            self._leave(text, self.begun + 1)
+
+    def _leave(self, text: str, step: int) -> None:
         if self.store is not None:
-            with suppress(RuntimeError):  # the store's host may be gone
-                number = self.store.add(f"{self.prefix}/notices", 1)
-                self.store.set(f"{self.prefix}/notice/{number}", f"{self.rank}\n{text}")
+            number = self.store.add(f"{self.prefix}/notices", 1)
+            self.store.set(f"{self.prefix}/notice/{number}", f"{self.rank} {step}\n{text}")
 
     def heard(self) -> tuple[int, str] | None:
-        """The latest notice of another rank: (rank, text). A rank that only waited leaves none."""
+        """The latest notice of another rank on this step: (rank, text). A rank that only waited leaves none."""
         if self.store is None:
             return None
         with suppress(RuntimeError):
             last = self.store.add(f"{self.prefix}/notices", 0)
             for number in range(last, max(0, last - MOST_NOTICES), -1):
-                rank, _, text = self.store.get(f"{self.prefix}/notice/{number}").decode().partition("\n")
-                if int(rank) != self.rank:
-                    return int(rank), text
+                head, _, text = self.store.get(f"{self.prefix}/notice/{number}").decode().partition("\n")
+                rank, step = map(int, head.split())
+                if rank != self.rank and step >= self.begun:
+                    return rank, text
         return None
 
     def meet(self, what: str) -> None:
@@ -104,7 +108,7 @@ class Notices:
         """
         self.met += 1
         if not self._arrive(f"met/{self.met}"):
-            self.post(f"this rank has {what}")
+            self.failed = f"this rank has {what}"
             refuse(
                 "SS403",
                 f"this rank has {what}, and other ranks have not",

@@ -144,6 +144,28 @@ def test_a_rank_whose_step_failed_alone_does_not_go_on_into_the_midst_of_the_oth
     assert "label 10" in one[1]
 
 
+def test_a_connection_that_is_lost_later_is_not_blamed_on_an_earlier_failure():
+    def run(rank: int, world: int) -> str:
+        sharded = ss.shard(lambda: build(CONFIG), RULES, ss.Mesh(fsdp=2), batch_of(16))
+        state = sharded.init(ss.sgd(lr=0.1))
+        step = ss.train_step(sharded, parity.loss_fn)
+        batch = sharded.local_batch(batch_of(16))
+        with pytest.raises(ValueError, match="label 10"):
+            step(state, spoil_labels(batch))
+        state, _ = step(state, batch)
+        if rank == 1:
+            hang_up()
+            return ""
+        with pytest.raises(RuntimeError) as caught:
+            step(state, batch)
+        return str(caught.value)
+
+    zero, _ = run_ranks(2, run, timeout=TIMEOUT)
+    assert "error[SS421]" in zero
+    assert "label" not in zero.splitlines()[1]
+    assert "rank 1 failed" not in zero
+
+
 def test_where_every_rank_failed_alike_all_go_on():
     def run(rank: int, world: int) -> float:
         sharded = ss.shard(lambda: build(CONFIG), RULES, ss.Mesh(fsdp=2), batch_of(16))
