@@ -1,24 +1,56 @@
-"""A plan as a file, and two plans side by side."""
+"""A plan as a file: what is written is read back the same, and nothing else is read."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import cattrs
 from attrs import fields
 
+from shardspec.diagnostics import ShardingError
 from shardspec.layout import Digit
 from shardspec.mesh import Mesh
 from shardspec.plan import Plan
 
 VERSION = 1
 
+MOST_TOLD = 3
+"""How much of what is wrong with a file is told."""
+
+_NAMES = {field.name for field in fields(Plan)}
+
+
+def _exact(kind: type) -> Callable[[Any, Any], Any]:
+    """A reader of one kind of value that casts nothing."""
+
+    def read(value: Any, _: Any) -> Any:
+        if type(value) is not kind:
+            raise ValueError(f"{value!r} is no {kind.__name__}")
+        return value
+
+    return read
+
+
+def _digit(value: Any, _: Any) -> Digit:
+    if type(value) not in (int, str):
+        raise ValueError(f"{value!r} is no digit of a layout")
+    return value
+
+
+def _mesh(shape: Any, _: Any) -> Mesh:
+    try:
+        return Mesh(**shape)
+    except (ShardingError, TypeError) as error:
+        raise ValueError(f"{shape!r} is no mesh: {str(error).strip()}") from error
+
 
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
-    converter.register_structure_hook(Digit, lambda value, _: value)
+    for kind in (int, str, bool):
+        converter.register_structure_hook(kind, _exact(kind))
+    converter.register_structure_hook(Digit, _digit)
     converter.register_unstructure_hook(Mesh, lambda mesh: dict(mesh.shape))
-    converter.register_structure_hook(Mesh, lambda shape, _: Mesh(**shape))
+    converter.register_structure_hook(Mesh, _mesh)
     return converter
 
 
@@ -37,51 +69,23 @@ def read_plan(text: str) -> Plan:
     """Read what `write_plan` wrote.
 
     Raises:
-        ValueError: for text that is no plan, or one of another version.
+        ValueError: for text that is no plan, one of another version, or one that holds what no plan does.
     """
     try:
         kept = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"this is no plan: {error}") from error
-    version = kept.pop("version", None) if isinstance(kept, dict) else None
-    if version != VERSION:
+    if not isinstance(kept, dict) or "version" not in kept or not _NAMES & kept.keys():
+        raise ValueError("this is no plan: a JSON object with a version, a mesh, params and the rest was expected")
+    version = kept.pop("version")
+    if type(version) is int and version > VERSION:
+        raise ValueError(
+            f"the plan has version {version}, written by a newer shardspec; this one reads version {VERSION}"
+        )
+    if type(version) is not int or version != VERSION:
         raise ValueError(f"the plan has version {version!r}, this shardspec reads version {VERSION}")
     try:
         return CONVERTER.structure({**kept, "legal": None}, Plan)
-    except (cattrs.errors.BaseValidationError, KeyError, TypeError) as error:
-        raise ValueError(f"the plan cannot be read: {'; '.join(cattrs.transform_error(error))}") from error
-
-
-def difference(one: Plan, two: Plan) -> str:
-    """What moved from one plan to another: parameters, activations, collectives and their bytes; "" where nothing."""
-    return "\n".join(_lines(one, two))
-
-
-def _lines(one: Plan, two: Plan) -> Iterator[str]:
-    if one.mesh != two.mesh:
-        yield f"mesh: {one.mesh or 'one rank'} -> {two.mesh or 'one rank'}"
-    for kind, before, after in (
-        ("parameter", one.params, two.params),
-        ("activation", one.activations, two.activations),
-    ):
-        for name in sorted({*before, *after}):
-            left, right = before.get(name), after.get(name)
-            was = "absent" if left is None else _placed(left)
-            now = "absent" if right is None else _placed(right)
-            if was != now:
-                yield f"{kind} {name}: {was} -> {now}"
-    counts = [{(c.phase, c.kind, c.axes, c.where, c.bytes): c.count for c in plan.collectives} for plan in (one, two)]
-    for key in sorted({*counts[0], *counts[1]}):
-        was, now = counts[0].get(key, 0), counts[1].get(key, 0)
-        if was != now:
-            phase, kind, axes, where, size = key
-            yield f"collective {phase} {kind} over {','.join(axes)} at {where}, {size} bytes each: {was} -> {now}"
-    volumes = [sum(c.total_bytes for c in plan.collectives) for plan in (one, two)]
-    if volumes[0] != volumes[1]:
-        yield f"message bytes of a step: {volumes[0]} -> {volumes[1]} ({volumes[1] - volumes[0]:+})"
-
-
-def _placed(item: Any) -> str:
-    storage = getattr(item, "storage", ())
-    stored = f" stored over {','.join(storage)} on dim {item.storage_dim}" if storage else ""
-    return f"{item.layout}{stored}"
+    except (cattrs.errors.BaseValidationError, KeyError, TypeError, ValueError, AttributeError) as error:
+        told = cattrs.transform_error(error, path="plan")
+        raise ValueError(f"the plan cannot be read: {'; '.join(told[:MOST_TOLD])}") from error

@@ -215,9 +215,19 @@ class Plan:
 
         return read_plan(text)
 
+    def to_html(self) -> str:
+        """The plan as a page of its own, with a picture of the mesh and of each tensor's shards."""
+        from shardspec.page import page
+
+        return page(self)
+
     def diff(self, other: "Plan") -> str:
-        """What moves from this plan to another, and what it costs; empty where nothing does."""
-        from shardspec.artifact import difference
+        """What moves from this plan to another, and what it costs; empty where they are equal.
+
+        Raises:
+            TypeError: for what is no plan.
+        """
+        from shardspec.difference import difference
 
         return difference(self, other)
 

@@ -1,126 +1,133 @@
-"""`print(plan)`: what is placed where, every collective, and why."""
+"""`print(plan)`: what is placed where, every collective, and why; a page also where the model has 126 layers."""
 
-from collections.abc import Iterable
 from io import StringIO
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from shardspec.plan import Plan
-from shardspec.rules.match import fold
+from shardspec.summary import (
+    PHASES,
+    activation_rows,
+    by_block,
+    collective_rows,
+    facts,
+    mesh_text,
+    param_rows,
+    shape_text,
+    size_text,
+    stored_bytes,
+    tied_to,
+    volumes,
+)
+
+MOST_RULE = 32
+"""How much of a rule is shown: enough to find it by; a page and a file have all of it."""
 
 
-def render(plan: Plan, width: int = 118) -> str:
+def render(plan: Plan) -> str:
     """The plan as text, repeated layers folded."""
-    out = StringIO()
-    console = Console(file=out, width=width, color_system=None, highlight=False)
-    console.print(Text(_title(plan)))
-    console.print(_parameters(plan))
-    console.print(_activations(plan))
+    parts: list[RenderableType] = [Text(f"plan for {mesh_text(plan)}"), _facts(plan), _parameters(plan)]
+    if plan.activations:
+        parts.append(_activations(plan))
     if plan.collectives:
-        console.print(_collectives(plan))
-    console.print(Text(_totals(plan)))
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+        parts += [_collectives(plan), _volumes(plan)]
+    return as_text(parts)
 
 
-def _title(plan: Plan) -> str:
-    mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.shape.items()) or "one rank"
-    return f"plan for {mesh} ({plan.mesh.world} rank{'s' * (plan.mesh.world > 1)})"
+def as_text(parts: list[RenderableType]) -> str:
+    """Tables and lines as plain text: nothing wrapped, no blanks at the ends of lines."""
+    out = StringIO()
+    console = Console(file=out, width=10_000, color_system=None, highlight=False, markup=False, emoji=False)
+    for number, part in enumerate(parts):
+        if number and isinstance(part, Table) and part.title:
+            console.print()
+        console.print(part)
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    return "\n".join(line for line, before in zip(lines, ["", *lines], strict=False) if line or before).rstrip()
 
 
-def _table(title: str, *columns: tuple[str, str]) -> Table:
-    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="", pad_edge=False)
-    for name, justify in columns:
-        table.add_column(name, justify=justify, overflow="fold")  # pyright: ignore[reportArgumentType]
+def new_table(title: str, *columns: str) -> Table:
+    """A table with these columns; one whose name ends in `>` is aligned to the right."""
+    table = Table(box=SIMPLE_HEAD, title=title or None, title_justify="left", title_style="", pad_edge=False)
+    for name in columns:
+        table.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left")
     return table
 
 
+def cut(rule: str) -> str:
+    """A rule's pattern, or its beginning."""
+    return rule if len(rule) <= MOST_RULE else rule[: MOST_RULE - 1] + "…"
+
+
+def _facts(plan: Plan) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, text in facts(plan).items():
+        table.add_row(f"  {name}", text)
+    return table
+
+
+def _named(block: str, name: str) -> str:
+    """A row's name, indented below its block."""
+    return f"  {name or '(output)'}" if block else name
+
+
 def _parameters(plan: Plan) -> Table:
-    table = _table(
-        "parameters",
-        ("name", "left"),
-        ("n", "right"),
-        ("shape", "left"),
-        ("on a rank", "left"),
-        ("spec", "left"),
-        ("owed over", "left"),
-    )
-    rows: dict[tuple[str, ...], int] = {}
-    for name, param in plan.params.items():
-        owed = ",".join(param.owed)
-        tied = f" (is {fold(param.first)})" if param.first != name else ""
-        key = (fold(name) + tied, _shape(param.shape), _shape(param.local_shape), param.spec, owed)
-        rows[key] = rows.get(key, 0) + 1
-    for (name, *rest), count in rows.items():
-        table.add_row(name, str(count), *rest)
+    table = new_table("parameters", "name", "n>", "shape", "spec", "on a rank", "bytes>", "owed over")
+    for block, rows in by_block(param_rows(plan)).items():
+        if block:
+            table.add_row(Text(block))
+        for row in rows:
+            tied = tied_to(row.first, row.plan)
+            table.add_row(
+                Text(_named(block, row.name) + (f" (is {tied})" if tied else "")),
+                str(row.count),
+                shape_text(row.plan.shape),
+                Text(row.plan.spec),
+                shape_text(row.plan.local_shape),
+                "" if tied else size_text(stored_bytes(row.plan)),
+                ",".join(row.plan.owed),
+            )
     return table
 
 
 def _activations(plan: Plan) -> Table:
-    table = _table(
-        "declared activations",
-        ("name", "left"),
-        ("n", "right"),
-        ("arrives", "left"),
-        ("leaves", "left"),
-        ("rule", "left"),
-    )
-    rows: dict[tuple[str, ...], int] = {}
-    for name, activation in plan.activations.items():
-        if activation.rule:
-            before = str(activation.before) if activation.before else ""
-            key = (fold(name), before, str(activation.layout), activation.rule)
-            rows[key] = rows.get(key, 0) + 1
-    for (name, *rest), count in rows.items():
-        table.add_row(name, str(count), *rest)
+    table = new_table("declared activations", "name", "n>", "arrives", "leaves", "rule")
+    for block, rows in by_block(activation_rows(plan)).items():
+        if block:
+            table.add_row(Text(block))
+        for row in rows:
+            table.add_row(
+                Text(_named(block, row.name)),
+                str(row.count),
+                Text(str(row.plan.before) if row.plan.before else ""),
+                Text(str(row.plan.layout)),
+                Text(cut(row.plan.rule)),
+            )
     return table
 
 
 def _collectives(plan: Plan) -> Table:
-    table = _table(
-        "collectives of a step", ("phase", "left"), ("kind", "left"), ("axes", "left"), ("where", "left"),
-        ("count", "right"), ("each", "right"), ("for", "left"),
-    )  # fmt: skip
-    order = {"forward": 0, "backward": 1, "step": 2}
-    for row in sorted(plan.collectives, key=lambda row: order[row.phase]):
-        table.add_row(row.phase, row.kind, ",".join(row.axes), row.where, str(row.count), size_text(row.bytes), row.why)
+    table = new_table("collectives of a step", "phase", "kind", "axes", "where", "count>", "each>", "for")
+    for row in collective_rows(plan):
+        table.add_row(
+            row.phase, row.kind, ",".join(row.axes), Text(row.where), str(row.count), size_text(row.bytes), Text(cut(row.why))
+        )
     return table
 
 
-def _totals(plan: Plan) -> str:
-    trained = [param for name, param in plan.params.items() if param.first == name and not param.buffer]
-    count = sum(_product(param.shape) for param in trained)
-    local = sum(_product(param.local_shape) for param in trained)
-    lines = [f"{count:,} parameters, {local:,} on a rank; {len(plan.units)} units"]
-    volumes: dict[str, int] = {}
-    for row in plan.collectives:
-        for_axes = ",".join(row.axes)
-        volumes[for_axes] = volumes.get(for_axes, 0) + row.total_bytes
-    if volumes:
-        calls = sum(row.count for row in plan.collectives)
-        each = ", ".join(f"{axes} {size_text(size)}" for axes, size in volumes.items())
-        lines.append(f"{calls} collectives a step; message bytes by axes: {each}")
-    return "\n".join(lines)
+def _volumes(plan: Plan) -> Table:
+    found = volumes(plan)
+    table = new_table("bytes of the messages of a step", "axes", *(f"{phase}>" for phase in PHASES), "all>")
+    for axes, sizes in found.items():
+        table.add_row(axes, *(_amount(sizes[phase]) for phase in PHASES), _amount(sum(sizes.values())))
+    if len(found) > 1:
+        whole = [sum(sizes[phase] for sizes in found.values()) for phase in PHASES]
+        table.add_row("all", *map(_amount, whole), _amount(sum(whole)))
+    return table
 
 
-def _product(shape: Iterable[int]) -> int:
-    product = 1
-    for length in shape:
-        product *= length
-    return product
-
-
-def _shape(shape: Iterable[int]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
-
-
-def size_text(size: int) -> str:
-    """Bytes as a reader wants them: `1.5 MiB`."""
-    amount = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1024:
-            return f"{amount:.0f} {unit}" if unit == "B" or amount >= 100 else f"{amount:.1f} {unit}"
-        amount /= 1024
-    return f"{amount:.1f} TiB"
+def _amount(size: int) -> str:
+    return size_text(size) if size else ""

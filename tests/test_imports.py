@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = (
-    "torch_private diagnostics layout aliasing nests twin catalog",
+    "torch_private diagnostics names layout aliasing nests twin catalog",
     "mesh policy functional program moves",
     "spec constraints",
     "rules.table rules.operator",
@@ -21,7 +21,9 @@ LAYERS = (
     "survey",
     "kin",
     "tracing infer plan",
-    "recording cotangent placement units report artifact",
+    "summary",
+    "recording cotangent placement units report artifact picture",
+    "difference page",
     "stages",
     "dryrun",
     "arguments claims lower fixes explain",
@@ -53,6 +55,8 @@ LATE = {
     ("shardspec.plan", "shardspec.placement"),
     ("shardspec.plan", "shardspec.report"),
     ("shardspec.plan", "shardspec.artifact"),
+    ("shardspec.plan", "shardspec.difference"),
+    ("shardspec.plan", "shardspec.page"),
     ("shardspec.runtime.sharded", "shardspec.runtime.step"),
 }
 """Imports inside a function: methods that are a thin door to a module built on their own class."""

@@ -7,12 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from shardspec.diagnostics import Diagnostic, Location
 from shardspec.mesh import BATCH_AXES, Mesh
+from shardspec.names import fold
 from shardspec.rules.parse import Entry, RuleEdit, Table, quoted
-
-
-def fold(name: str) -> str:
-    """A name with its indices as `*`: names that differ in them alone are told of together."""
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 def folded(names: Iterable[str]) -> dict[str, list[str]]:
@@ -25,7 +21,7 @@ def folded(names: Iterable[str]) -> dict[str, list[str]]:
 
 def as_pattern(folded_name: str) -> str:
     """A folded name as a regex."""
-    return r"\.".join(r"\d+" if part == "*" else re.escape(part) for part in folded_name.split("."))
+    return re.escape(folded_name).replace(r"\*", r"\d+")
 
 
 def assign(

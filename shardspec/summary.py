@@ -1,0 +1,153 @@
+"""A plan as a reader sees it: equal layers folded into one row, bytes and messages summed. Imports no torch."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+from typing import Generic, TypeVar
+
+from attrs import frozen
+
+from shardspec.names import block_of, fold
+from shardspec.plan import ActivationPlan, Collective, ParamPlan, Plan
+
+Item = TypeVar("Item")
+
+PHASES = ("forward", "backward", "step")
+
+
+@frozen(kw_only=True)
+class Row(Generic[Item]):
+    """Tensors that differ in the index of their layer alone."""
+
+    block: str
+    """The repeated module, as `layers.*`; empty outside of one."""
+    name: str
+    """Below the block; empty for the block itself."""
+    count: int
+    first: str
+    """The whole name of the first of them."""
+    plan: Item
+    """Of the first of them."""
+
+
+@frozen(kw_only=True)
+class Stored:
+    """How many numbers, and how many bytes they take."""
+
+    numbers: int
+    bytes: int
+
+
+def itemsize(dtype: str) -> int:
+    """The bytes of one number of a dtype, by its name: `bfloat16`, `torch.int64`, `bool`."""
+    bits = re.search(r"\d+", dtype.removeprefix("torch."))
+    return max(1, int(bits.group()) // 8) if bits else 1
+
+
+def stored_bytes(param: ParamPlan) -> int:
+    """What rank 0 stores of a parameter."""
+    return prod(param.local_shape) * itemsize(param.dtype)
+
+
+def param_rows(plan: Plan) -> list[Row[ParamPlan]]:
+    """The parameters and buffers, equal layers folded, in the order in which they first come."""
+
+    def alike(name: str, param: ParamPlan) -> tuple[object, ...]:
+        return (tied_to(name, param), param.spec, param.shape, param.local_shape, param.dtype, param.owed, param.trained)
+
+    return _rows(plan.params.items(), alike)
+
+
+def activation_rows(plan: Plan) -> list[Row[ActivationPlan]]:
+    """The activations that a rule declares, equal layers folded, in the order in which they first come."""
+    declared = ((name, activation) for name, activation in plan.activations.items() if activation.rule)
+    return _rows(declared, lambda _, activation: (activation.before, activation.layout, activation.rule))
+
+
+def _rows(items: Iterable[tuple[str, Item]], alike: Callable[[str, Item], tuple[object, ...]]) -> list[Row[Item]]:
+    groups: dict[tuple[object, ...], list[tuple[str, Item]]] = {}
+    for full, item in items:
+        groups.setdefault((fold(full), *alike(full, item)), []).append((full, item))
+    rows: list[Row[Item]] = []
+    for group in groups.values():
+        first, plan = group[0]
+        block, name = block_of(fold(first))
+        rows.append(Row(block=block, name=name, count=len(group), first=first, plan=plan))
+    return rows
+
+
+def by_block(rows: Iterable[Row[Item]]) -> dict[str, list[Row[Item]]]:
+    """Block -> its rows; blocks in the order in which they first come."""
+    groups: dict[str, list[Row[Item]]] = {}
+    for row in rows:
+        groups.setdefault(row.block, []).append(row)
+    return groups
+
+
+def tied_to(name: str, param: ParamPlan) -> str:
+    """The folded name of the tensor that a parameter is, where it is another's."""
+    return fold(param.first) if param.first != name else ""
+
+
+def collective_rows(plan: Plan) -> list[Collective]:
+    """The collectives of a step, phase after phase."""
+    return sorted(plan.collectives, key=lambda row: PHASES.index(row.phase))
+
+
+def volumes(plan: Plan) -> dict[str, dict[str, int]]:
+    """Axes -> phase -> the bytes of the messages of a step; axes that go together are one entry, as "dp,fsdp"."""
+    found: dict[str, dict[str, int]] = {}
+    for row in plan.collectives:
+        by_phase = found.setdefault(",".join(row.axes), dict.fromkeys(PHASES, 0))
+        by_phase[row.phase] += row.total_bytes
+    return dict(sorted(found.items()))
+
+
+def stored(plan: Plan, *, buffers: bool = False) -> Stored:
+    """What rank 0 stores of the parameters, or of the buffers; a tied tensor counts once."""
+    held = [param for name, param in plan.params.items() if param.first == name and param.buffer == buffers]
+    return Stored(numbers=sum(prod(param.local_shape) for param in held), bytes=sum(map(stored_bytes, held)))
+
+
+def parameters(plan: Plan) -> int:
+    """How many numbers the model's parameters hold, over all ranks; a tied tensor counts once."""
+    return sum(prod(param.shape) for name, param in plan.params.items() if param.first == name and not param.buffer)
+
+
+def facts(plan: Plan) -> dict[str, str]:
+    """What a reader asks first: name -> text."""
+    held, kept = stored(plan), stored(plan, buffers=True)
+    found = {
+        "parameters": f"{parameters(plan):,}",
+        "on a rank": f"{held.numbers:,} ({size_text(held.bytes)})",
+        "buffers on a rank": size_text(kept.bytes),
+        "units": str(len(plan.units)),
+        "collectives a step": f"{sum(row.count for row in plan.collectives):,}",
+    }
+    if plan.constraints:
+        found["sizes must divide"] = ", ".join(map(str, plan.constraints))
+    return found
+
+
+def mesh_text(plan: Plan) -> str:
+    """The mesh in words: `fsdp=2, tp=2 (4 ranks)`."""
+    sizes: Mapping[str, int] = plan.mesh.shape
+    if not sizes:
+        return "one rank"
+    return ", ".join(f"{axis}={size}" for axis, size in sizes.items()) + f" ({plan.mesh.world:,} ranks)"
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    """`128x64`; "scalar" where there is no dim."""
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def size_text(size: int) -> str:
+    """Bytes as a reader wants them: `1.5 MiB`."""
+    amount, sign = float(abs(size)), "-" if size < 0 else ""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
+        shown = f"{amount:.0f}" if unit == "B" or amount >= 99.95 else f"{amount:.1f}"
+        if float(shown) < 1024 or unit == "PiB":
+            return f"{sign}{shown} {unit}"
+        amount /= 1024
+    raise AssertionError("the last unit takes what is left")
