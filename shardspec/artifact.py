@@ -75,13 +75,14 @@ def read_plan(text: str) -> Plan:
         kept = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"this is no plan: {error}") from error
-    if not isinstance(kept, dict) or "version" not in kept or not _NAMES & kept.keys():
-        raise ValueError("this is no plan: a JSON object with a version, a mesh, params and the rest was expected")
-    version = kept.pop("version")
+    version = kept.get("version") if isinstance(kept, dict) else None
     if type(version) is int and version > VERSION:
         raise ValueError(
             f"the plan has version {version}, written by a newer shardspec; this one reads version {VERSION}"
         )
+    if not isinstance(kept, dict) or "version" not in kept or not _NAMES & kept.keys():
+        raise ValueError("this is no plan: a JSON object with a version, a mesh, params and the rest was expected")
+    del kept["version"]
     if type(version) is not int or version != VERSION:
         raise ValueError(f"the plan has version {version!r}, this shardspec reads version {VERSION}")
     try:

@@ -31,14 +31,16 @@ body { margin: 2rem auto; padding: 0 1.5rem; max-width: 76rem; background: var(-
   font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.5rem; margin: 0 0 1rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 p { margin: .4rem 0; color: var(--dim); } .scroll { overflow-x: auto; }
-table { border-collapse: collapse; } th, td { padding: .35rem .9rem .35rem 0; text-align: left; vertical-align: middle; }
+table { border-collapse: collapse; }
+th, td { padding: .35rem .9rem .35rem 0; text-align: left; vertical-align: middle; }
 th { font-weight: 600; color: var(--dim); white-space: nowrap; border-bottom: 1px solid var(--line); }
 td { border-bottom: 1px solid var(--line); } .number { text-align: right; white-space: nowrap; }
 .facts td, .facts th { border: 0; padding-top: .1rem; padding-bottom: .1rem; }
 tr.block td { background: var(--head); font-weight: 600; padding-left: .4rem; } td.below { padding-left: 1.4rem; }
 code { font: 13px/1.4 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: nowrap; }
 code.rule { white-space: normal; overflow-wrap: anywhere; } small { color: var(--dim); white-space: nowrap; }
-svg { display: block; } svg.key { display: inline-block; vertical-align: -2px; margin: 0 .3rem 0 .9rem; }
+svg { display: block; } svg.key { display: inline-block; vertical-align: -2px; margin: 0 .35rem 0 0; }
+.key + span { margin-right: 1.2rem; }
 rect { stroke: var(--edge); stroke-width: .8; } .own { fill: var(--own); } .read { fill: var(--read); }
 .other { fill: var(--other); } .gap { fill-opacity: .4; stroke-dasharray: 2 2; } .frame { fill: none; }
 text { fill: var(--ink); font: 12px ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
@@ -83,9 +85,11 @@ def _mesh(plan: Plan) -> str:
 
 def _key() -> str:
     entries = (("own", "what rank 0 stores"), ("read", "what it gathers for compute"), ("other", "other ranks'"))
-    swatch = '<svg class="key" width="14" height="14"><rect class="{}" x="1" y="1" width="12" height="12"/></svg>{}'
+    box = '<rect class="{}" x="1" y="1" width="12" height="12"/>'
+    swatch = f'<svg class="key" width="14" height="14">{box}</svg><span>{{}}</span>'
     keys = "".join(swatch.format(kind, escape(text)) for kind, text in entries)
-    return f"<p>Dim 0 goes down, the others to the right; not to scale: an axis above 4 shows a gap.{keys}</p>"
+    words = "Dim 0 goes down, the others, or a single one, to the right. Not to scale: an axis above 4 shows a gap."
+    return f"<p>{words}</p><p>{keys}</p>"
 
 
 def _parameters(plan: Plan) -> str:

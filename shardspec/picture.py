@@ -174,7 +174,8 @@ def _level(mesh: Mesh, axes: Sequence[str], rank: int, cell: float) -> Block:
     stride = 1
     for name in inner:
         stride *= mesh[name]
-    blocks = [None if place is None else _level(mesh, inner, rank + place * stride, cell) for place in places(mesh[axis])]
+    shown = places(mesh[axis])
+    blocks = [None if place is None else _level(mesh, inner, rank + place * stride, cell) for place in shown]
     label = f"{axis} 0..{mesh[axis] - 1}"
     return _beside(label, blocks) if len(inner) % 2 == 0 else _below(label, blocks)
 

@@ -112,9 +112,8 @@ def _activations(plan: Plan) -> Table:
 def _collectives(plan: Plan) -> Table:
     table = new_table("collectives of a step", "phase", "kind", "axes", "where", "count>", "each>", "for")
     for row in collective_rows(plan):
-        table.add_row(
-            row.phase, row.kind, ",".join(row.axes), Text(row.where), str(row.count), size_text(row.bytes), Text(cut(row.why))
-        )
+        place = (row.phase, row.kind, ",".join(row.axes), Text(row.where))
+        table.add_row(*place, str(row.count), size_text(row.bytes), Text(cut(row.why)))
     return table
 
 

@@ -53,7 +53,8 @@ def param_rows(plan: Plan) -> list[Row[ParamPlan]]:
     """The parameters and buffers, equal layers folded, in the order in which they first come."""
 
     def alike(name: str, param: ParamPlan) -> tuple[object, ...]:
-        return (tied_to(name, param), param.spec, param.shape, param.local_shape, param.dtype, param.owed, param.trained)
+        placed = (param.spec, param.layout, param.shape, param.local_shape, param.dtype)
+        return (*placed, tied_to(name, param), param.owed, param.trained)
 
     return _rows(plan.params.items(), alike)
 

@@ -1,0 +1,98 @@
+"""What the commands share: the colour of messages, and the options that name a table, a model, a mesh and a batch."""
+
+import difflib
+import os
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import click
+
+from shardspec.diagnostics import ShardingError
+from shardspec.mesh import AXES, Mesh
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+STYLES: tuple[tuple[str, dict[str, Any]], ...] = (
+    (r"error\[SS\d{3}\]", {"fg": "red", "bold": True}),
+    (r"  -->", {"fg": "blue", "bold": True}),
+    (r"   = (?:why|matches)\b", {"fg": "blue"}),
+    (r"   = fix:", {"fg": "green", "bold": True}),
+    (r"   = help:", {"fg": "cyan"}),
+)
+"""The beginnings of a diagnostic's lines, and how each is shown."""
+
+
+def paint(text: str) -> str:
+    """Diagnostics in colour; click takes the colour off again where the stream is no terminal."""
+    for begin, style in STYLES:
+        text = re.sub(f"^{begin}", partial(_styled, style), text, flags=re.MULTILINE)
+    return text
+
+
+def _styled(style: dict[str, Any], match: re.Match[str]) -> str:
+    return click.style(match.group(), **style)
+
+
+def _choose_color(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    if value == "auto" and os.environ.get("NO_COLOR"):
+        value = "never"
+    if value in ("always", "never"):
+        ctx.color = ctx.find_root().color = value == "always"
+
+
+color_option = click.option(
+    "--color",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    help="Colour of diagnostics; auto is on a terminal only.",
+    callback=_choose_color,
+    expose_value=False,
+)
+
+
+class MeshType(click.ParamType[Mesh]):
+    """`fsdp=2048,tp=8`; the empty text is one rank."""
+
+    name = "mesh"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Mesh:
+        if isinstance(value, Mesh):
+            return value
+        try:
+            return Mesh.parse(value)
+        except ShardingError as error:
+            first = error.diagnostics[0]
+            self.fail("; ".join(filter(None, (first.what, first.why, *first.advice, _meant(value)))), param, ctx)
+
+
+def _meant(text: str) -> str:
+    """The axis that a word was meant for."""
+    words = [word for word in re.findall(r"[A-Za-z_]\w*", text) if word not in (*AXES, "auto")]
+    near = difflib.get_close_matches(words[0].lower(), AXES, n=1) if words else []
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def model_options(*, required: bool) -> Callable[[Function], Function]:
+    """The options that say what is compiled for which batch."""
+    options = (
+        click.option("--model", required=required, metavar="MODULE:NAME", help="A preset, a module or its builder."),
+        click.option("--batch", type=click.IntRange(min=1), help="Rows of the global batch."),
+        click.option("--seq", type=click.IntRange(min=1), help="Tokens in a row."),
+        click.option("--inputs", metavar="MODULE:NAME", help="A function that makes the batch (default: the model's)."),
+        click.option("--loss", metavar="MODULE:NAME", help="A loss(output, batch), to be checked with the model."),
+        color_option,
+    )
+
+    def add(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+def mesh_option(text: str) -> Callable[[Function], Function]:
+    """`--mesh`."""
+    return click.option("--mesh", type=MeshType(), default="", metavar="AXIS=SIZE,...", help=text)
