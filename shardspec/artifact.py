@@ -86,7 +86,10 @@ def read_plan(text: str) -> Plan:
     if type(version) is not int or version != VERSION:
         raise ValueError(f"the plan has version {version!r}, this shardspec reads version {VERSION}")
     try:
-        return CONVERTER.structure({**kept, "legal": None}, Plan)
+        plan = CONVERTER.structure({**kept, "legal": None}, Plan)
     except (cattrs.errors.BaseValidationError, KeyError, TypeError, ValueError, AttributeError) as error:
         told = cattrs.transform_error(error, path="plan")
         raise ValueError(f"the plan cannot be read: {'; '.join(told[:MOST_TOLD])}") from error
+    if json.loads(write_plan(plan)) != {"version": version, **kept}:
+        raise ValueError("the plan cannot be read: it holds something of another kind than a plan does")
+    return plan
