@@ -16,6 +16,9 @@ from shardspec.plan import ParamPlan
 MOST_PLACES = 4
 """The largest size of an axis that is drawn place for place."""
 
+MANY_AXES, FEW_PLACES = 3, 2
+"""In a mesh of more axes than the first, no axis is drawn with more places than the second."""
+
 BOX_W, BOX_H = 96, 64
 """A tensor's picture, in pixels; one of a single dim is a strip."""
 
@@ -56,9 +59,9 @@ class Span:
         )
 
 
-def places(size: int) -> list[int | None]:
+def places(size: int, most: int = MOST_PLACES) -> list[int | None]:
     """The places along an axis that are drawn; None is a gap."""
-    return list(range(size)) if size <= MOST_PLACES else [0, 1, None, size - 1]
+    return list(range(size)) if size <= most else [*range(most // 2), None, size - 1]
 
 
 def spans(cut: Cut, mesh: Mesh, storage: Sequence[str] = ()) -> list[Span]:
@@ -174,7 +177,7 @@ def _level(mesh: Mesh, axes: Sequence[str], rank: int, cell: float) -> Block:
     stride = 1
     for name in inner:
         stride *= mesh[name]
-    shown = places(mesh[axis])
+    shown = places(mesh[axis], MOST_PLACES if len(mesh.axes) <= MANY_AXES else FEW_PLACES)
     blocks = [None if place is None else _level(mesh, inner, rank + place * stride, cell) for place in shown]
     label = f"{axis} 0..{mesh[axis] - 1}"
     return _beside(label, blocks) if len(inner) % 2 == 0 else _below(label, blocks)
