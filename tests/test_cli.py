@@ -9,7 +9,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import shardspec as ss
+from shardspec.catalog import CATALOG
 from shardspec.cli import COMMANDS, main
+from tests import cli_page
 
 ROOT = Path(__file__).parent.parent
 RULES = "models.llama:RULES"
@@ -289,3 +291,17 @@ def test_a_reader_that_leaves_early_sees_no_traceback():
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.startswith("SS101  ")
     assert done.stderr == ""
+
+
+def test_the_page_of_the_command_line_shows_what_is_printed():
+    """`python -m tests.cli_page` writes it."""
+    text = cli_page.PAGE.read_text()
+    assert text == cli_page.answered(text)
+    assert {match[1].split()[0] for match in cli_page.BLOCK.finditer(text)} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("code", CATALOG)
+def test_every_code_is_explained(code):
+    text = succeeds("explain", code)
+    assert text.startswith(f"{code}: {CATALOG[code].title}\n\n")
+    assert CATALOG[code].explanation in text
