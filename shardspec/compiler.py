@@ -29,12 +29,16 @@ from shardspec.rules.parse import Table, parse_table
 from shardspec.rules.table import Rules
 from shardspec.stages import Claims, TypedProgram
 from shardspec.survey import Model, Survey, View, survey
-from shardspec.tracing import HostRead
+from shardspec.tracing import HostRead, raised_here
 from shardspec.typecheck import typecheck
 from shardspec.units import resolve_attributes, resolve_units
 
 Looked = TypeVar("Looked", bound=tuple[Any, ...])
 """What a stage gives, the diagnostics last."""
+
+
+OF_AN_OPERATOR = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
+"""What an operator raises for arguments that do not fit: the model's mistake wherever it surfaces."""
 
 
 @contextmanager
@@ -216,7 +220,11 @@ class Compiler:
             program = trace(self.names, inputs, loss, training)
         except HostRead as error:
             raise ShardingError([host_read(error)]) from error
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+        except ShardingError:
+            raise
+        except Exception as error:
+            if raised_here(error) and not isinstance(error, OF_AN_OPERATOR):
+                raise
             raise ShardingError([lowering.failed(error, inputs)]) from error
         self.traces.append((key, program))
         return program

@@ -515,6 +515,12 @@ def run(tracer: Tracer, model: nn.Module, batch: Mapping[str, Any], loss_fn: Cal
     return out
 
 
+def raised_here(error: BaseException) -> bool:
+    """Whether an error was raised by this package's own code, not by the model's or torch's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.startswith(_HERE)
+
+
 def user_frame(error: BaseException) -> tuple[Location, ...]:
     """The line of the model at which an error surfaced, if it came from one."""
     frames = [

@@ -1,6 +1,7 @@
 """What a user gets wrong is refused by name before anything runs, and nothing of theirs is touched."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -308,3 +309,30 @@ def test_a_state_dict_that_is_none_is_refused():
         codes, said = diagnosis(lambda wrong=wrong: sharded.load(wrong))
         assert codes == {"SS404"}
         assert words in said
+
+
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        ("assert tokens.shape[1] <= 4, 'at most 4 tokens'", "at most 4 tokens"),
+        ("1 // 0", "by zero"),
+        ("raise LookupError('no such expert')", "no such expert"),
+    ],
+)
+def test_whatever_a_models_forward_raises_is_told_with_its_line(tmp_path, monkeypatch, statement: str, said: str):
+    source = f"from torch import nn\nclass Bad(nn.Identity):\n    def forward(self, tokens):\n        {statement}\n"
+    (tmp_path / "bad_model.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    import bad_model
+
+    try:
+        rules = ss.Rules(params={}, activations={"tokens|labels": "B@dp S"})
+        with pytest.raises(ss.ShardingError) as caught:
+            ss.compile(bad_model.Bad(), rules, ss.Mesh(), make_batch())
+    finally:
+        del sys.modules["bad_model"]
+    (diagnostic,) = caught.value.diagnostics
+    assert diagnostic.code == "SS402"
+    assert said in diagnostic.what
+    assert diagnostic.locations[0].line == 4
+    assert diagnostic.locations[0].text == statement
