@@ -9,6 +9,7 @@ from shardspec.claims import match_params, match_points
 from shardspec.cli.target import Target
 from shardspec.diagnostics import Diagnostic, Location
 from shardspec.infer import TypedGraph, absolute
+from shardspec.kin import Kin
 from shardspec.mesh import Mesh
 from shardspec.names import fold
 from shardspec.program import Block, Node, Ref
@@ -27,10 +28,11 @@ def emit(stage: str, target: Target, rules: Rules, mesh: Mesh) -> tuple[str, lis
     table, found = parse_table(rules)
     if stage == "rules" or found:
         return rules_text(table), found
-    params, sizes, found = match_params(table, target.names, mesh)
+    params, sizes, found = match_params(table, target.names.whole, mesh)
+    each = Kin()  # every block for itself: all names are shown
     program = target.compiler(rules).program(target.inputs, target.loss, None)
-    points, more = match_points(table, target.names, program, sizes, mesh)
-    claims, found = Claims(table, params, points, sizes), [*found, *more]
+    points, more = match_points(table, target.names, program, sizes, mesh, each)
+    claims, found = Claims(table, each, params, points, sizes), [*found, *more]
     if stage == "claims" or found:
         return claims_text(claims), found
     typed = typecheck(program, claims, mesh, has_loss=target.loss is not None)

@@ -12,14 +12,13 @@ from attrs import frozen
 from torch import nn
 
 from shardspec.arguments import check_batch
-from shardspec.claims import survey
 from shardspec.cli.load import blame, load, load_model
 from shardspec.compiler import Compiler
 from shardspec.diagnostics import ShardingError
 from shardspec.mesh import Mesh
 from shardspec.plan import Plan
 from shardspec.rules.table import Rules
-from shardspec.stages import Survey
+from shardspec.survey import Survey, survey
 
 
 @frozen(eq=False)
