@@ -272,7 +272,11 @@ class Compiler:
         return True
 
     def legal_meshes(self, world: int, inputs: Batch, loss: Callable[..., Any] | None) -> tuple[Mesh, ...]:
-        """Every mesh of `world` ranks over the axes of the table that passes the check.
+        """Every mesh of `world` ranks over the axes of the table that passes the check."""
+        return tuple(plan.mesh for plan in self.legal_plans(world, inputs, loss))
+
+    def legal_plans(self, world: int, inputs: Batch, loss: Callable[..., Any] | None) -> Iterator[Plan]:
+        """The plan of every mesh of `world` ranks over the axes of the table that passes the check.
 
         For each set of axes larger than one, the first mesh that passes tells what their sizes must divide; the
         others are checked where that holds.
@@ -280,7 +284,6 @@ class Compiler:
         table, _ = parse_table(self.rules)
         named = {axis for entry in (*table.params, *table.activations) for axis in entry.spec.axes}
         facts: dict[tuple[str, ...], tuple[Constraint, ...]] = {}
-        legal: list[Mesh] = []
         for mesh in meshes(world, [axis for axis in AXES if axis in named]):
             if not all(fact.holds(mesh) for fact in facts.get(mesh.axes, ())):
                 continue
@@ -288,9 +291,9 @@ class Compiler:
                 plan = self.plan(mesh, inputs, loss, fix=False)
             except ShardingError:
                 continue
-            facts.setdefault(mesh.axes, plan.constraints)
-            legal.append(mesh)
-        return tuple(legal)
+            if mesh.axes not in facts:
+                facts[mesh.axes] = plan.constraints
+            yield plan
 
 
 def meshes(world: int, axes: Sequence[str]) -> Iterator[Mesh]:

@@ -120,7 +120,7 @@ def facts(plan: Plan) -> dict[str, str]:
     held, kept = stored(plan), stored(plan, buffers=True)
     found = {
         "parameters": f"{parameters(plan):,}",
-        "on a rank": f"{held.numbers:,} ({size_text(held.bytes)})",
+        "parameters on a rank": f"{held.numbers:,} ({size_text(held.bytes)})",
         "buffers on a rank": size_text(kept.bytes),
         "units": str(len(plan.units)),
         "collectives a step": f"{sum(row.count for row in plan.collectives):,}",

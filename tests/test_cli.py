@@ -55,7 +55,7 @@ def plan_file(tmp_path_factory) -> Path:
 
 def test_a_right_table_passes_with_a_line():
     assert succeeds("check", RULES, *LLAMA, *MESH) == (
-        "models.llama:RULES passes for models.llama:debug on fsdp=2, tp=2 (4 ranks): 41 parameters and buffers placed\n"
+        "models.llama:RULES passes for models.llama:debug on fsdp=2, tp=2 (4 ranks)\n"
     )
 
 
@@ -286,11 +286,10 @@ def test_two_files_are_compared_without_importing_torch(plan_file, tmp_path):
 
 
 def test_a_reader_that_leaves_early_sees_no_traceback():
-    script = "from shardspec.cli import main; main(['explain'])"
-    line = f'"{sys.executable}" -c "{script}" | head -n 1'
+    script = "import time; time.sleep(0.3); from shardspec.cli import main; main(['explain'])"
+    line = f'"{sys.executable}" -c "{script}" | true'
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.startswith("SS101  ")
-    assert done.stderr == ""
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_the_page_of_the_command_line_shows_what_is_printed():

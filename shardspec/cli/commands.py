@@ -30,7 +30,7 @@ def check(
     """
     rules = load_rules(table)
     plan = load_target(model, batch, seq, inputs, loss).plan(rules, mesh)
-    click.echo(f"{table} passes for {model} on {mesh_text(plan)}: {len(plan.params):,} parameters and buffers placed")
+    click.echo(f"{table} passes for {model} on {mesh_text(plan)}")
 
 
 @click.command()
@@ -101,8 +101,7 @@ def legal(
     target = load_target(model, batch, seq, inputs, loss)
     compiler = target.compiler(rules)
     given = [compiler.plan(mesh, target.inputs, target.loss)] if mesh.world > 1 else []
-    found = compiler.legal_meshes(world, target.inputs, target.loss)
-    plans = [compiler.plan(each, target.inputs, target.loss, fix=False) for each in found]
+    plans = list(compiler.legal_plans(world, target.inputs, target.loss))
     if not plans:
         compiler.plan(Mesh(), target.inputs, target.loss)  # raises where the table is refused on one rank too
     count = f"{len(plans)} mesh{'es' * (len(plans) != 1)}"

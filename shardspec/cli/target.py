@@ -13,7 +13,7 @@ from torch import nn
 
 from shardspec.arguments import check_batch
 from shardspec.cli.load import blame, load, load_model
-from shardspec.compiler import Compiler
+from shardspec.compiler import Compiler, uncollected
 from shardspec.diagnostics import ShardingError
 from shardspec.mesh import Mesh
 from shardspec.plan import Plan
@@ -74,7 +74,8 @@ def load_target(model: str, batch: int | None, seq: int | None, inputs: str | No
         check_batch(made)
     except ShardingError as error:
         raise click.UsageError(f"{name}: {error.diagnostics[0].what}; {error.diagnostics[0].why}") from None
-    return Target(survey(built), made, loss_fn)
+    with uncollected():
+        return Target(survey(built), made, loss_fn)
 
 
 def _inputs_of(module: ModuleType, reference: str | None) -> tuple[Callable[..., Any], str]:
@@ -110,7 +111,7 @@ def _arguments(function: Callable[..., Any], name: str, given: Mapping[str, Any]
 def _call(function: Callable[[], Any], what: str) -> Any:
     """Call the user's code on meta; what it raises is told with the line of theirs."""
     try:
-        with torch.device("meta"):
+        with uncollected(), torch.device("meta"):
             return function()
     except ShardingError:
         raise
