@@ -180,7 +180,7 @@ def _level(mesh: Mesh, axes: Sequence[str], rank: int, cell: float) -> Block:
     shown = places(mesh[axis], MOST_PLACES if len(mesh.axes) <= MANY_AXES else FEW_PLACES)
     blocks = [None if place is None else _level(mesh, inner, rank + place * stride, cell) for place in shown]
     label = f"{axis} 0..{mesh[axis] - 1}"
-    return _beside(label, blocks) if len(inner) % 2 == 0 else _below(label, blocks)
+    return _row(label, blocks, down=len(inner) % 2 == 1)
 
 
 def _rank(rank: int, width: float) -> Block:
@@ -188,40 +188,28 @@ def _rank(rank: int, width: float) -> Block:
     return Block(width, CELL_H, (shape, _text(width / 2, CELL_H / 2, str(rank), "middle")))
 
 
-def _beside(label: str, blocks: Iterable[Block | None]) -> Block:
+def _row(label: str, blocks: Iterable[Block | None], *, down: bool) -> Block:
+    """Boxes in a row, to the right or downwards, in a box of their own; None is a gap."""
     shapes: list[str] = []
-    at, height = float(PAD), 0.0
     dots: list[float] = []
+    at, across = (LABEL + PAD / 2 if down else float(PAD)), 0.0
     for block in blocks:
         if block is None:
             dots.append(at + GAP / 2 - PAD / 4)
             at += GAP + PAD / 2
             continue
-        shapes.append(_moved(at, LABEL + PAD / 2, block.shapes))
-        at += block.width + PAD / 2
-        height = max(height, block.height)
-    width = max(at + PAD / 2, len(label) * DIGIT_W + 2 * PAD)
-    shapes += [_text(x, LABEL + PAD / 2 + height / 2, "…", "middle") for x in dots]
-    return _boxed(label, width, LABEL + height + 1.5 * PAD, shapes)
-
-
-def _below(label: str, blocks: Iterable[Block | None]) -> Block:
-    shapes: list[str] = []
-    at, width = float(LABEL + PAD / 2), 0.0
-    dots: list[float] = []
-    for block in blocks:
-        if block is None:
-            dots.append(at + GAP / 2 - PAD / 4)
-            at += GAP + PAD / 2
-            continue
-        shapes.append(_moved(PAD, at, block.shapes))
-        at += block.height + PAD / 2
-        width = max(width, block.width)
-    shapes += [_text(PAD + width / 2, y, "⋮", "middle") for y in dots]
-    return _boxed(label, max(width + 2 * PAD, len(label) * DIGIT_W + 2 * PAD), at + PAD / 2, shapes)
+        shapes.append(_moved(*((PAD, at) if down else (at, LABEL + PAD / 2)), block.shapes))
+        at += (block.height if down else block.width) + PAD / 2
+        across = max(across, block.width if down else block.height)
+    if down:
+        shapes += [_text(PAD + across / 2, place, "⋮", "middle") for place in dots]
+        return _boxed(label, across + 2 * PAD, at + PAD / 2, shapes)
+    shapes += [_text(place, LABEL + PAD / 2 + across / 2, "…", "middle") for place in dots]
+    return _boxed(label, at + PAD / 2, LABEL + across + 1.5 * PAD, shapes)
 
 
 def _boxed(label: str, width: float, height: float, shapes: Iterable[str]) -> Block:
+    width = max(width, len(label) * DIGIT_W + 2 * PAD)
     frame = _rect("frame", 0, 0, width, height, radius=5)
     return Block(width, height, (frame, _text(PAD, LABEL / 2 + 2, label, "start", "axis"), *shapes))
 

@@ -292,6 +292,25 @@ def test_a_reader_that_leaves_early_sees_no_traceback():
     assert (done.stdout, done.stderr) == ("", "")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_told_in_a_line():
+    script = "from shardspec.cli import main; main(['explain'])"
+    with Path("/dev/full").open("w") as full:
+        streams = {"stdout": full, "stderr": subprocess.PIPE, "text": True}
+        done = subprocess.run([sys.executable, "-c", script], **streams, check=False, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr == "Error: the answer cannot be written: No space left on device\n"
+
+
+def test_a_mistake_where_the_table_is_made_is_a_diagnostic(tmp_path):
+    source = "from models.llama import RULES as R\nRULES = R.override(drop=['rope_(cos|sn)'])\n"
+    (tmp_path / "mine.py").write_text(source)
+    result = run("check", "mine:RULES", *LLAMA, directory=tmp_path)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("error[SS201]: ")
+    assert "mine.py:2" in result.stderr
+
+
 def test_the_page_of_the_command_line_shows_what_is_printed():
     """`python -m tests.cli_page` writes it."""
     text = cli_page.PAGE.read_text()

@@ -44,7 +44,7 @@ def plan_of(family: Any, config: Any, mesh: ss.Mesh, rules: ss.Rules | None = No
 
 @pytest.fixture(scope="module")
 def small() -> Plan:
-    return plan_of(llama, LLAMA, ss.Mesh(fsdp=2, tp=2), loss=loss_fn)
+    return plan_of(llama, evolve(LLAMA, n_layers=1), ss.Mesh(fsdp=2, tp=2), loss=loss_fn)
 
 
 PLANS = [

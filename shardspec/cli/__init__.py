@@ -4,6 +4,7 @@ Results go to stdout, diagnostics to stderr. Status 0; 1 for a table that is ref
 """
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -58,6 +59,10 @@ class Late(click.Group):
         except ShardingError as error:
             click.echo(paint(str(error).strip()), err=True)
             ctx.exit(1)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # a reader that left: click ends in silence
+            raise click.ClickException(f"the answer cannot be written: {error.strerror}") from None
 
 
 @click.group(name="shardspec", cls=Late, context_settings={"help_option_names": ["-h", "--help"]})
