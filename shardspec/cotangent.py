@@ -161,23 +161,33 @@ class Cotangents:
             cots = {index: self._complete(cot, discharged) for index, cot in cots.items()}
         for ref, read in zip(refs, typed.consumed[position], strict=True):
             if ref.index in live:
-                cot = self._operand(typed, ref.index, read, cots)
+                cot = self._operand(typed, position, ref.index, read, cots)
                 uses.setdefault(ref.index, []).append((position, cot))
 
-    def _operand(self, typed: TypedGraph, operand: int, read: Type, cots: dict[int, Cot]) -> Cot:
-        """Rule of the design: a replicated operand's cotangent is owed where an output is split or pending."""
+    def _operand(self, typed: TypedGraph, position: int, operand: int, read: Type, cots: dict[int, Cot]) -> Cot:
+        """Rule of the design: a replicated operand's cotangent is owed where an output is split or pending.
+
+        Of several outputs all must be so: what comes of the others is complete on every rank.
+        """
         owed = set(adopted(typed, operand, read))
         held: dict[str, frozenset[int]] = {}
         for axis in self.inference.sizes:
             if axis in read.layout.sharded or read.layout.pending_kind(axis):
                 continue
+            shares = complete = False
             for index, cot in cots.items():
                 layout = typed.layout(index)
                 holders = cot.holders(axis)
                 if axis in layout.sharded or layout.pending_kind(axis) or axis in cot.owed:
-                    owed.add(axis)
+                    shares = True
                 elif holders:
                     held[axis] = held.get(axis, frozenset()) | holders
+                else:
+                    complete = True
+            if shares:
+                owed.add(axis)
+            if shares and complete:
+                self.conflicts.append(Conflict(typed, operand, axis, (position,), (position,), typed.fqn))
         return Cot(frozenset(owed), tuple(sorted((a, n) for a, n in held.items() if a not in owed)))
 
     def _block(

@@ -74,6 +74,16 @@ def test_a_right_rule_is_accepted(op, notation, options):
 MESH = ss.Mesh(dp=2, tp=2)
 
 
+def test_a_gradient_that_is_a_share_by_one_result_and_whole_by_another_is_refused():
+    """`gate(x, w)` gives x @ w, which is split with w, and a sum over x alone, which is whole."""
+    ss.register_rule(OPS.gate, "b !i, !i o -> b o, b", samples=[(noise(4, 4), noise(4, 4))])
+    both = verify_operator(OPS.gate, [noise(4, 4), noise(4, 4)], ["B I", "I O@tp"], ss.Mesh(tp=2))
+    assert both.refusal.startswith("SS307")
+    one = verify_operator(lambda x, w: OPS.gate(x, w)[0], [noise(4, 4), noise(4, 4)], ["B I", "I O@tp"], ss.Mesh(tp=2))
+    assert one.accepted, one.refusal
+    assert one.correct, one.problem
+
+
 @pytest.mark.parametrize(
     ("specs", "layout"),
     [
@@ -179,14 +189,6 @@ def test_shares_pass_only_where_the_rule_says_so():
             {"samples": [(noise(4, 4), noise(4, 4))], "linear": ["x", "y"]},
             "x pending sum over tp=2",
             "linear=[]",
-        ),
-        # Of the two results one would be whole and the other split: the gradient of x, a share and a whole in one.
-        (
-            OPS.gate,
-            "b !i, !i o -> b o, b",
-            {"samples": [(noise(4, 4), noise(4, 4))]},
-            "o split over tp=2",
-            '"b !i, !i !o -> b !o, b"',
         ),
         (OPS.wrong_backward, "b d -> b d", {"samples": [noise(8, 4)]}, "b split over tp=2", '"!b d -> !b d"'),
     ],
