@@ -1,6 +1,8 @@
 """The only file that imports torch's private names; each with what it is for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -178,3 +180,48 @@ def reduce_scatter(out: Tensor, parts: Tensor, group: dist.ProcessGroup) -> None
 def all_gather(parts: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> None:
     """Gather every rank's tensor into [n, *tensor.shape]."""
     getattr(dist, _GATHER)(parts.view(-1), tensor.view(-1), group=group)
+
+
+THREADS = "threads"
+"""The backend whose ranks are threads of one process."""
+
+
+@contextmanager
+def thread_worlds() -> Generator[Any]:
+    """Give each thread process groups of its own, over torch's threaded ones; nothing of them is left behind.
+
+    What the caller's own thread had before it has again afterwards. Yields the class of the groups.
+    """
+    # Not imported with this file: the module registers a backend when it is.
+    threaded: Any = import_module("torch.testing._internal.distributed.multi_threaded_pg")
+    group = threaded.ProcessLocalGroup
+    if THREADS not in dist.Backend.backend_list:
+        # Torch's own factory waits at a barrier in the store, which nothing ends where a rank has failed. The groups
+        # need none: all ranks make them in one order, so that their names, by which ranks meet, are the same.
+        dist.Backend.register_backend(THREADS, lambda _store, rank, size, _timeout: group(rank, size), devices=["cpu"])
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    threaded._install_threaded_pg()
+    try:
+        yield group
+    finally:
+        threaded._uninstall_threaded_pg()
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+
+
+def end_collectives(group: Any) -> None:
+    """Have every thread that waits in a collective of threads leave by SystemExit, and those that would enter one."""
+    group._terminate.set()
+    for collective in list(group._cur_coll_on_pgs.values()):
+        for condition in (collective._start_cond, collective._done_cond):
+            with condition:
+                condition.notify_all()
+
+
+def forget_collectives(group: Any) -> None:
+    """Make the groups of threads fit for another run; only when no thread of an earlier one is left."""
+    group.reset()
+
+
+def collectives_ended(group: Any) -> bool:
+    """Whether a run was ended and threads of it may be left."""
+    return group._terminate.is_set()

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardspec.diagnostics import refuse
 from shardspec.mesh import AXES, Mesh, degree
+from shardspec.torch_private import THREADS
 
 
 @define(eq=False)
@@ -114,7 +115,7 @@ def connect(mesh: Mesh) -> Fabric:
         device = torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else torch.device("cpu")
         alone = DeviceMesh(kind, [0], mesh_dim_names=("dp",), _init_backend=False, _rank=0)
         return Fabric(mesh, device, 0, alone)
-    if dist.get_backend() == "gloo":
+    if dist.get_backend() in ("gloo", THREADS):
         kind = "cpu"
     device = torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
     shape = tuple(mesh.shape.values())
