@@ -410,12 +410,13 @@ Use the form of the operator that makes a new tensor; the compiler's memory is n
     ),
     CodeEntry(
         code="SS315",
-        title="a custom autograd function on split values",
+        title="a custom autograd function",
         explanation="""\
-A `torch.autograd.Function` declares a backward of its own that forward does not show. What a split or
-pending operand's gradient is then owed cannot be derived: a mean over the batch inside it, say, would be a
-mean over a rank's rows, and wrong in silence.
-Write the function with torch operators and let autograd derive its backward, or gather its operands first.""",
+A `torch.autograd.Function` declares a backward of its own that forward does not show. What its operands'
+gradients are then owed cannot be derived: a mean over the batch inside it, say, would be a mean over a rank's
+rows, and wrong in silence. A replicated operand is no better: the gradient that reaches it may be a rank's
+share of a sum. Torch's own checkpoint is such a function too: `ss.Policy(remat=...)` does the same.
+Write the function with torch operators and let autograd derive its backward.""",
     ),
     CodeEntry(
         code="SS316",

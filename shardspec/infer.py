@@ -413,16 +413,18 @@ def type_operator(call: Call) -> Typed:
     random = is_random(call.node)
     if random and call.node.func not in RULES and call.sizes:
         raise _random_refusal(call)
-    if call.node.custom and not all_replicated(call):
+    if call.node.custom and call.sizes:
+        # On replicated values too: the gradient that reaches them may be a sum that is owed.
         raise Refusal(
             "SS315",
-            f"{call.node.op} runs in a custom autograd function on a value that is not replicated",
+            f"{call.node.op} runs in a custom autograd function",
             why="the backward that such a function declares is not seen, so that nothing says which gradients are owed",
             operands=tuple(i for i, kind in enumerate(call.types) if kind.layout.sharded or kind.layout.pending),
             axis=next((a for kind in call.types for a in kind.layout.sharded), ""),
             advice=(
                 "write the function with torch operators, and let autograd derive its backward",
                 "or make an operator of it with torch.library.custom_op, and give that one a rule: ss.register_rule",
+                "where it is torch's checkpoint, drop it: ss.Policy(remat=...) does the same",
             ),
         )
     whole = all_replicated(call) and not any(kind.uniform for kind in call.types)

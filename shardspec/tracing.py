@@ -434,9 +434,13 @@ def user_line() -> tuple[str, int]:
 
 
 def in_custom_function() -> bool:
-    """Whether the nearest frame of the user's is the forward of an autograd function of their own."""
-    caller = _user_frame().f_back
-    return caller is not None and caller.f_code.co_filename == _FUNCTION
+    """Whether the forward of an autograd function runs, however deep below it, and wherever it was written."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not run.__code__:
+        if frame.f_code.co_filename == _FUNCTION:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _user_frame() -> types.FrameType:
