@@ -199,13 +199,14 @@ def thread_worlds() -> Generator[Any]:
         # Torch's own factory waits at a barrier in the store, which nothing ends where a rank has failed. The groups
         # need none: all ranks make them in one order, so that their names, by which ranks meet, are the same.
         dist.Backend.register_backend(THREADS, lambda _store, rank, size, _timeout: group(rank, size), devices=["cpu"])
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    isolate: Any = import_module("torch._C._distributed_c10d")._set_thread_isolation_mode
+    isolate(True)
     threaded._install_threaded_pg()
     try:
         yield group
     finally:
         threaded._uninstall_threaded_pg()
-        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+        isolate(False)
 
 
 def end_collectives(group: Any) -> None:

@@ -1,5 +1,6 @@
 """The plain program: a model in float64 on one process, its loss and its gradients, by torch's autograd alone."""
 
+import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
+from shardspec import functional
 from shardspec.arguments import as_model
 from shardspec.diagnostics import refuse
 from shardspec.layout import Layout, global_size
@@ -35,9 +37,17 @@ class Expected:
     """Persistent ones, after forward."""
 
 
+_ONE_PROGRAM = threading.Lock()  # torch's default dtype and generator belong to the process
+
+
 @contextmanager
 def in_float64(seed: int) -> Generator[None]:
     """Have tensors made in float64 on the CPU, torch's generator seeded and gradients on; all put back after."""
+    with _ONE_PROGRAM:
+        yield from _in_float64(seed)
+
+
+def _in_float64(seed: int) -> Generator[None]:
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -72,8 +82,9 @@ def own_model(model: Model, seed: int, copied: Callable[[nn.Module], nn.Module])
             why="the model is on meta, and a plain program computes with numbers",
             advice=("give the function that builds the model, on the CPU",),
         )
-    made: dict[int, Tensor] = {}
-    own._apply(lambda tensor: made.setdefault(id(tensor), wide(tensor)))
+    own.zero_grad(set_to_none=True)
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # what is replaced stays alive, and its id its own
+    own._apply(lambda tensor: made.setdefault(id(tensor), (tensor, wide(tensor)))[1])
     with torch.no_grad():
         for index, parameter in enumerate(own.parameters()):
             if parameter.numel() and (parameter.is_floating_point() or parameter.is_complex()):
@@ -142,7 +153,9 @@ class Weighted:
 
     def __call__(self, output: Any, batch: dict[str, Any]) -> tuple[Tensor, float]:
         leaves = zip(tensor_leaves(output), self.entries, strict=True)
-        sums = [(leaf * batch[entry]).sum() for leaf, entry in leaves if entry is not None]
+        sums = [
+            functional.name((leaf * batch[entry]).sum(), f"sum_{entry}") for leaf, entry in leaves if entry is not None
+        ]
         return sum(sums[1:], sums[0]), 1.0
 
 
@@ -168,11 +181,14 @@ def weighted(
         if not leaf.is_floating_point():
             names.append(None)
             continue
-        name = f"weights_of_output_{index}"
-        specs[name], more = written(layout, mesh, f"{name}_")
+        entry = f"weights_of_output_{index}"
+        specs[entry], more = written(layout, mesh, f"{entry}_")
         sizes |= more
-        entries[name] = torch.rand(leaf.shape, generator=generator, dtype=torch.float64) + 0.5
-        names.append(name)
+        entries[entry] = torch.rand(leaf.shape, generator=generator, dtype=torch.float64) + 0.5
+        names.append(entry)
+    if len(entries) > 1:
+        # One may be split where another is complete, so that each sum is completed before they meet.
+        specs |= {rf"loss\.sum_{entry}": "" for entry in entries}
     return rules.override(activations=specs, sizes=sizes), entries, Weighted(tuple(names))
 
 

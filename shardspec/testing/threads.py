@@ -25,6 +25,8 @@ T = TypeVar("T")
 GRACE_S = 10.0
 """How long ranks that wait in a collective may take to leave it, once the run is over."""
 
+_ONE_RUN = threading.Lock()  # what a process group belongs to is a setting of the process
+
 
 class RanksLateError(RuntimeError):
     """Ranks were not done in time; the message holds their stacks."""
@@ -76,7 +78,7 @@ def run_ranks(world: int, function: Callable[[int], T], *, timeout: float = 300.
         RuntimeError: where a rank of an earlier run never ended and still runs.
     """
     collecting = gc.isenabled()
-    with thread_worlds() as group:
+    with _ONE_RUN, thread_worlds() as group:
         if collectives_ended(group):
             raise RuntimeError("a rank of an earlier run still runs in this process: start another one")
         run = _Run(world, function, group)
