@@ -64,8 +64,9 @@ class Recorder(Tracer):
     def block(self, module: nn.Module, fqn: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with no_torch_function():
             structure = _structure((args, kwargs))
+            inputs = (torch.is_grad_enabled(), structure)
             for known in self.recorded.get(self._kind(module), ()):
-                if known.inputs == structure and self._same(known, module, fqn):
+                if known.inputs == inputs and self._same(known, module, fqn):
                     if known.reads and len(self.frames) > 1:
                         modules = dict(module.named_modules())
                         self.reads.extend((modules[".".join(path)], name) for path, name in known.reads)
@@ -105,7 +106,7 @@ class Recorder(Tracer):
         plain = not any(id(tensor) in self.frame.ids for tensor in tensor_leaves(out))
         closed = len(entered) == len(distinct(tensor_leaves((args, kwargs))))
         if pure and plain and closed:
-            known = _Recorded(block, shape, read, structure, out)
+            known = _Recorded(block, shape, read, (torch.is_grad_enabled(), structure), out)
             self.recorded.setdefault(self._kind(module), []).append(known)
         return self._call(block, fqn, entered, out)
 
