@@ -11,7 +11,6 @@ from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from shardspec.arguments import check_arguments, check_batch
-from shardspec.claims import survey
 from shardspec.compiler import Compiler
 from shardspec.diagnostics import refuse
 from shardspec.mesh import Mesh
@@ -23,10 +22,11 @@ from shardspec.rules.table import Rules
 from shardspec.runtime.optim import sgd
 from shardspec.runtime.sharded import shard, take
 from shardspec.runtime.step import train_step
-from shardspec.stages import Model
+from shardspec.survey import Model, survey
 from shardspec.testing.plain import Expected, LossFn, check_tells, in_float64, own_model, run_plain, weighted, wide
 from shardspec.testing.threads import run_ranks
 from shardspec.torch_private import local_of
+from shardspec.twin import forward_arguments
 
 LR = 0.125
 SHOWN = 8
@@ -164,7 +164,7 @@ def check_values(batch: Mapping[str, Any]) -> None:
 
 
 def _arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    names = survey(model).arguments
+    names = forward_arguments(model)
     return {name: item for name, item in batch.items() if name in names}
 
 

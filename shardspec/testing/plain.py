@@ -17,7 +17,7 @@ from shardspec.mesh import Mesh
 from shardspec.nests import tensor_leaves
 from shardspec.plan import Plan
 from shardspec.rules.table import Rules
-from shardspec.stages import Model
+from shardspec.survey import Model
 from shardspec.twin import forward_arguments
 
 LossFn = Callable[[Any, dict[str, Any]], tuple[Any, Any]]

@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from shardspec.arguments import as_model, check_arguments
-from shardspec.claims import match_params, survey
+from shardspec.claims import match_params
 from shardspec.diagnostics import Diagnostic, ShardingError
 from shardspec.mesh import Mesh
 from shardspec.rules.match import assign
 from shardspec.rules.parse import Entry, Table, parse_table
 from shardspec.rules.table import Rules
-from shardspec.stages import Model, Survey
+from shardspec.survey import Model, Survey, survey
 from shardspec.twin import argument_names
 from shardspec.units import resolve_attributes, resolve_units
 
@@ -46,11 +46,10 @@ def assert_total(rules: Rules, model: Model, names: Sequence[str] = ()) -> None:
     known = survey(as_model(model))
     table, found = parse_table(rules)
     if not found:
-        _, _, found = match_params(table, known, Mesh())
+        _, _, found = match_params(table, known.whole, Mesh())
         found += _activations(table, known, names)
-        first = {name: tensor.first for name, tensor in known.parameters.items() if not tensor.is_buffer}
-        found += resolve_units(rules, known.modules, first)[1]
-        found += resolve_attributes(rules, dict(known.model.named_modules()), {})[1]
+        found += resolve_units(rules, known.whole)[1]
+        found += resolve_attributes(rules, known.whole.modules, {})[1]
     if found:
         raise NotTotalError(found)
 
