@@ -36,6 +36,7 @@ test: lint
 
 sweep: $(READY)
 	$(PY) -m benchmarks.sweep
+	$(PY) -m benchmarks.gallery
 
 bench: $(READY)
 	$(PY) -m benchmarks.bench

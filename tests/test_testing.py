@@ -274,6 +274,15 @@ def test_a_bias_of_zeros_is_moved_so_that_it_hides_nothing(monkeypatch):
         assert_parity(Zeros, rules, ss.Mesh(tp=2), x)
 
 
+def test_a_difference_as_small_as_a_rounding_is_said_to_be_one():
+    def error(size: float) -> str:
+        found = testing.Difference(what="loss", size=size, relative=9.0, rank=0, ours=2.0 + size, plain=2.0)
+        return str(ParityError(SQUARE, (found,)))
+
+    assert "tolerance=1e-5" in error(1e-7)
+    assert "tolerance=1e-5" not in error(1e-3)
+
+
 # What says nothing, or cannot run.
 
 
@@ -340,6 +349,23 @@ def test_an_error_in_the_model_on_a_rank_reaches_the_caller_at_once():
 
 
 # Ranks as threads.
+
+
+def test_two_calls_at_once_wait_for_each_other():
+    failed = []
+
+    def call():
+        try:
+            assert_parity(Several, SEVERAL, ss.Mesh(tp=2), {"x": torch.ones(2, 4)})
+        except BaseException as error:
+            failed.append(error)
+
+    callers = [threading.Thread(target=call) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not failed
 
 
 def test_the_first_error_frees_the_ranks_that_wait():
@@ -492,7 +518,7 @@ PLAN = ss.compile(untied, llama.RULES, ss.Mesh(), BATCH, parity.loss_fn)
 LEGAL = meshes(PLAN)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(LEGAL)
 def test_a_mesh_that_is_drawn_passes_the_check(mesh):
     assert mesh.world <= 8
@@ -554,8 +580,8 @@ def test_the_rows_of_a_batch_that_is_drawn_divide_over_the_data_ranks(shape):
     ss.compile(untied, llama.RULES, ss.Mesh(dp=2, fsdp=4), batch)
 
 
-@settings(max_examples=6)
-@given(mesh=meshes(PLAN, most=4), seed=st.integers(0, 1000))
+@settings(max_examples=5)
+@given(mesh=LEGAL, seed=st.integers(0, 1000))
 def test_parity_runs_under_hypothesis(mesh, seed):
     draw = random.Random(seed)
     batch = {name: torch.tensor([[draw.randrange(40) for _ in range(8)] for _ in range(16)]) for name in BATCH}
