@@ -20,7 +20,7 @@ from shardspec.testing import assert_parity
 from tests.gallery.case import Case
 from tests.gallery.right import VARIANTS
 
-ROWS, SEQ, WORDS = 8, 16, 200
+ROWS, SEQ, WORDS = 12, 16, 200
 MESHES = ("dp=2", "fsdp=2", "tp=2", "fsdp=2,tp=2", "dp=2,tp=2", "fsdp=3")
 
 

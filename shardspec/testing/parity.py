@@ -106,7 +106,7 @@ def assert_parity(
         policy: `accumulate`, `remat`, `reshard_after_forward`; dtypes and `compile` are set aside.
         seed: of what a constructor, the moved parameters and dropout draw.
         tolerance: of a difference, relative to the largest element of the same tensor (at least a thousandth of the
-            largest of all gradients). A model that casts to float32 within needs more, about 1e-5.
+            largest of all gradients). A model that casts to float32 within may need more, about 1e-5.
         timeout: seconds for all ranks together.
 
     Raises:

@@ -29,7 +29,7 @@ def _strategies() -> Any:
 def meshes(plan: Plan, most: int = 8) -> "SearchStrategy[Mesh]":
     """Meshes on which the plan's table is legal for its model and its global batch; shrinks to the mesh of one rank.
 
-    The candidates are checked when the first one is drawn, once.
+    The candidates are checked when the first one is drawn, once; a test over them wants `settings(deadline=None)`.
 
     Args:
         plan: what `ss.compile` gave, on any mesh.
