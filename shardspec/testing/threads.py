@@ -52,10 +52,7 @@ class _Run:
                 self.reports.put((rank, False, self.function(rank)))
             finally:
                 dist.destroy_process_group()
-        except SystemExit as error:
-            # How a thread leaves a collective that has been ended; a rank's own exit ends the others' too.
-            self._fail(rank, error)
-        except BaseException as error:  # handed to the caller, KeyboardInterrupt too
+        except BaseException as error:  # SystemExit too: so a thread leaves a collective that has been ended
             self._fail(rank, error)
 
     def _fail(self, rank: int, error: BaseException) -> None:
