@@ -74,31 +74,78 @@ def verify_operator(
     if len(layouts) != len(inputs):
         raise ValueError(f"{len(inputs)} inputs, {len(layouts)} layouts")
     names = [f"x{index}" for index in range(len(inputs))]
-    fitted = dict(zip(names, _fit(names, inputs, layouts, mesh), strict=True))
+    fitted = _fit(names, inputs, layouts, mesh)
     try:
-        program = trace(survey(Operator(op, inputs)), {})
+        program = record_operator(op, inputs)
     except HostRead as error:
         return Verdict(accepted=False, refusal=str(error))
+    attempt = type_layouts(program, fitted, mesh)
+    if attempt.refusal:
+        return Verdict(accepted=False, refusal=attempt.refusal)
+    problem = attempt.run(op, inputs, seed=seed, gradients=gradients)
+    return Verdict(accepted=True, problem=problem, outputs=attempt.outputs)
+
+
+def record_operator(op: Callable[..., Any], inputs: Sequence[Tensor]) -> Program:
+    """Record `op(*inputs)` once, to be typed with its inputs laid out in many ways.
+
+    Raises:
+        HostRead: `op` reads a value on the host.
+    """
+    return trace(survey(Operator(op, inputs)), {})
+
+
+def type_layouts(program: Program, layouts: Sequence[Layout], mesh: Mesh) -> "Attempt":
+    """Type a recorded operator, forward and backward, with its inputs laid out over a mesh."""
+    fitted = {f"x{index}": layout for index, layout in enumerate(layouts)}
     inference = Inference(mesh.shape, _claims(program, fitted), {}, lambda *_: None, Kin())
     typed = inference.program(program)
     if inference.issues:
         refusal = inference.issues[0].refusal
-        return Verdict(accepted=False, refusal=f"{refusal.code}: {refusal.what}\n{refusal.why}")
-    outputs = [ref.index for ref in tensors(program.result)]
+        return Attempt(typed, mesh, fitted, inference, f"{refusal.code}: {refusal.what}\n{refusal.why}")
     cotangents = Cotangents(inference)
-    seeds = [index for index in outputs if program.values[index].dtype.is_floating_point]
+    seeds = [ref.index for ref in tensors(program.result) if program.values[ref.index].dtype.is_floating_point]
     backward = cotangents.program(typed, seeds)
     if cotangents.conflicts:
         axis = cotangents.conflicts[0].axis
-        return Verdict(accepted=False, refusal=f"SS307: some uses owe a sum over {axis} that others do not")
-    trial = _Trial(typed, mesh, inputs, fitted, seed)
-    try:
-        trial.forward(op, outputs)
-        if gradients:
-            trial.backward(outputs, backward.owed)
-    except _WrongError as wrong:
-        return Verdict(accepted=True, problem=str(wrong), outputs=tuple(map(typed.layout, outputs)))
-    return Verdict(accepted=True, outputs=tuple(map(typed.layout, outputs)))
+        refusal = f"SS307: some uses owe a sum over {axis} that others do not"
+        return Attempt(typed, mesh, fitted, inference, refusal)
+    return Attempt(typed, mesh, fitted, inference, owed=backward.owed)
+
+
+@define(eq=False)
+class Attempt:
+    """A recorded operator typed on one choice of layouts."""
+
+    typed: TypedGraph
+    mesh: Mesh
+    layouts: Mapping[str, Layout]
+    inference: Inference
+    refusal: str = ""
+    """Code and reason where it is not accepted."""
+    owed: Mapping[int, frozenset[str]] = field(factory=dict)
+    """Value of an input -> axes over which its gradient is a pending sum."""
+
+    @property
+    def outputs(self) -> tuple[Layout, ...]:
+        """The claimed layouts of an accepted operator's results."""
+        program = self.typed.graph
+        assert isinstance(program, Program), "an operator is recorded as a program"
+        return tuple(self.typed.layout(ref.index) for ref in tensors(program.result))
+
+    def run(self, op: Callable[..., Any], inputs: Sequence[Tensor], *, seed: int = 0, gradients: bool = True) -> str:
+        """Run an accepted operator on every rank's parts; in words what is wrong, or nothing."""
+        program = self.typed.graph
+        assert isinstance(program, Program), "an operator is recorded as a program"
+        outputs = [ref.index for ref in tensors(program.result)]
+        trial = _Trial(self.typed, self.mesh, inputs, self.layouts, seed)
+        try:
+            trial.forward(op, outputs)
+            if gradients:
+                trial.backward(outputs, self.owed)
+        except _WrongError as wrong:
+            return str(wrong)
+        return ""
 
 
 class Operator(nn.Module):
