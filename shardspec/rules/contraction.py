@@ -90,20 +90,21 @@ def bmm(call: Call) -> Typed:
 @rule(aten.addmm.default)
 def addmm(call: Call) -> Typed:
     """bias [n] or [m, n], plus [m, k] x [k, n]."""
-    shape = call.shape(0)
-    names: list[Label] = [
-        None if length == 1 else label for length, label in zip(shape, ["m", "n"][-len(shape) :], strict=True)
-    ]
+    names = _broadcast(call.shape(0), ["m", "n"])
     return with_bias(call, [["m", "k"], ["k", "n"]], ["m", "n"], 0, names)
 
 
 @rule(aten.baddbmm.default)
 def baddbmm(call: Call) -> Typed:
     """bias broadcast against [b, m, n], plus [b, m, k] x [b, k, n]."""
-    shape = call.shape(0)
-    every = ["b", "m", "n"][-len(shape) :]
-    names: list[Label] = [None if length == 1 else label for length, label in zip(shape, every, strict=True)]
+    names = _broadcast(call.shape(0), ["b", "m", "n"])
     return with_bias(call, [["b", "m", "k"], ["b", "k", "n"]], ["b", "m", "n"], 0, names)
+
+
+def _broadcast(shape: Sequence[int], labels: Sequence[Label]) -> list[Label]:
+    """The labels of an operand that broadcasts against a product with these."""
+    last = labels[len(labels) - len(shape) :]
+    return [None if length == 1 else label for length, label in zip(shape, last, strict=True)]
 
 
 @rule(aten.mv.default)

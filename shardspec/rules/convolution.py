@@ -63,8 +63,8 @@ def convolution(call: Call) -> Typed:
 
 @rule(*LINEAR_POOLS, *MAX_POOLS)
 def pool(call: Call) -> Typed:
-    """x [..., y, x]: a window over the last dims."""
-    linear = call.node.func in LINEAR_POOLS
+    """x [..., y, x]: a window over the last dims; the mean of whole numbers is rounded."""
+    linear = call.node.func in LINEAR_POOLS and call.dtype(0).is_floating_point
     count = LINEAR_POOLS.get(call.node.func) or MAX_POOLS[call.node.func]
     lead: list[Label] = list(range(len(call.shape(0)) - count))
     place: list[Label] = [("place", index) for index in range(count)]

@@ -1,5 +1,7 @@
 """Lookups by integer tensors, and tensors made from nothing."""
 
+from math import prod
+
 import torch
 
 from shardspec.layout import Layout, dim_axes
@@ -12,6 +14,7 @@ from shardspec.rules.operator import (
     Refusal,
     Type,
     Typed,
+    dim_index,
     rule,
     uniform,
     unify,
@@ -74,7 +77,14 @@ def index(call: Call) -> Typed:
 def gather(call: Call) -> Typed:
     """out[i][j] = x[index[i][j]][j]: of x the dim must be whole; the other dims are alike, or broadcast."""
     shape, wanted, made = call.shape(0), call.shape(1), call.out().shape
-    dim = int(call.named["dim"]) % len(shape)
+    if call.named["dim"] is None and max(len(shape), len(wanted)) > 1:
+        raise Refusal("SS305", f"{call.node.op} without a dim reads all of its operands as one row", operands=(0, 1))
+    if len(shape) != len(wanted):
+        if prod(wanted) != 1:
+            raise Refusal("SS305", f"{call.node.op} of a vector by a matrix of indices has no rule", operands=(1,))
+        # One of them is 0-dim, and stands for a dim of one.
+        return unify(call, [["x"] * len(shape), [None] * len(wanted)], [[None] * len(made)], linear=FIRST, whole=["x"])
+    dim = dim_index(call.named["dim"] or 0, len(shape))
     names: list[Label] = [("x", index) for index in range(len(shape))]
     picks: list[Label] = list(range(len(shape)))
     for index in set(range(len(shape))) - {dim}:
@@ -88,10 +98,10 @@ def gather(call: Call) -> Typed:
 @rule(aten.index_select.default)
 def index_select(call: Call) -> Typed:
     """Rows of a whole dim by a vector of indices."""
-    dim = int(call.named["dim"]) % len(call.shape(0))
+    dim = dim_index(call.named["dim"], len(call.shape(0)))
     names: list[Label] = list(range(len(call.shape(0))))
     out: list[Label] = ["i" if index == dim else index for index in names]
-    return unify(call, [names, ["i"]], [out], linear=FIRST, whole=[dim])
+    return unify(call, [names, ["i" if names else None]], [out], linear=FIRST, whole=[dim])
 
 
 @rule(

@@ -372,6 +372,11 @@ def _output_dim(label: Label, digits: Mapping[Label, DimLayout], fresh: Mapping[
     return canonical((fresh[label],))
 
 
+def dim_index(dim: Any, rank: int) -> int:
+    """A dim's index from the front; of a 0-dim tensor torch takes 0 and -1 for its one element."""
+    return int(dim) % max(rank, 1)
+
+
 def aligned(call: Call) -> list[list[Label]]:
     """Labels for operands that broadcast against each other, right-aligned: dim -1 is label -1."""
     labels: list[list[Label]] = []

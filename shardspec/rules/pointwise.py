@@ -63,7 +63,7 @@ def pointwise(call: Call) -> Typed:
     return unify(
         call,
         aligned(call),
-        [aligned_output(call.out().shape)],
+        [aligned_output(call.out(output).shape) for output in range(len(call.node.outputs))],
         linear=linear,
         scalars=linear == JOINT and _has_number(call),
     )

@@ -15,6 +15,7 @@ from shardspec.rules.operator import (
     Typed,
     aligned,
     aligned_output,
+    dim_index,
     rule,
     unify,
 )
@@ -39,7 +40,7 @@ def _dims(call: Call) -> list[int]:
     dims = call.named.get("dim")
     if dims is None or dims == []:
         return list(range(rank))
-    return [int(dim) % rank for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]
+    return [dim_index(dim, rank) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]
 
 
 def _outputs(call: Call, dims: Iterable[int]) -> list[Label]:
@@ -101,12 +102,12 @@ def whole(call: Call) -> Typed:
 def along(call: Call) -> Typed:
     """An operator along one dim, which must be whole."""
     rank = len(call.shape(0))
-    dim = int(call.named["dim"]) % rank
+    dim = dim_index(call.named["dim"], rank)
     names: list[Label] = list(range(rank))
     out: list[Label] = [
         "fresh" if index == dim and call.out().shape[dim] != call.shape(0)[dim] else index for index in range(rank)
     ]
-    sizes = {"fresh": call.out().shape[dim]}
+    sizes = {"fresh": call.out().shape[dim]} if rank else {}
     return unify(call, [names], [out for _ in call.node.outputs], whole=[dim], out_sizes=sizes)
 
 
@@ -130,17 +131,18 @@ def cumsum(call: Call) -> Typed:
     """Linear, along a dim that must be whole."""
     rank = len(call.shape(0))
     names: list[Label] = list(range(rank))
-    return unify(call, [names], [names], linear=PRODUCT, whole=[int(call.named["dim"]) % rank])
+    return unify(call, [names], [names], linear=PRODUCT, whole=[dim_index(call.named["dim"], rank)])
 
 
 @rule(aten.topk.default)
 def topk(call: Call) -> Typed:
     """The largest along a dim, which must be whole."""
     rank = len(call.shape(0))
-    dim = int(call.named.get("dim", -1)) % rank
+    dim = dim_index(call.named.get("dim", -1), rank)
     names: list[Label] = list(range(rank))
     out: list[Label] = ["fresh" if index == dim else index for index in range(rank)]
-    return unify(call, [names], [out, out], whole=[dim], out_sizes={"fresh": call.out().shape[dim]})
+    sizes = {"fresh": call.out().shape[dim]} if rank else {}
+    return unify(call, [names], [out, out], whole=[dim], out_sizes=sizes)
 
 
 @rule(aten.rms_norm.default, aten.layer_norm.default)

@@ -17,7 +17,7 @@ from shardspec.layout import (
     local_size,
     split,
 )
-from shardspec.rules.operator import COPY, JOINT, Call, Label, Refusal, Type, Typed, rule, unify
+from shardspec.rules.operator import COPY, JOINT, PRODUCT, Call, Label, Refusal, Type, Typed, dim_index, rule, unify
 
 aten = torch.ops.aten
 
@@ -184,9 +184,10 @@ def _moved(call: Call, order: Sequence[int]) -> Typed:
 def transpose(call: Call) -> Typed:
     """Two dims change places."""
     rank = len(call.shape(0))
-    one, two = (int(index) % rank for index in call.node.args[1:3])
+    one, two = (dim_index(index, rank) for index in call.node.args[1:3])
     order = list(range(rank))
-    order[one], order[two] = two, one
+    if rank:
+        order[one], order[two] = two, one
     return _moved(call, order)
 
 
@@ -204,7 +205,7 @@ def t(call: Call) -> Typed:
 def permute(call: Call) -> Typed:
     """The dims in another order."""
     rank = len(call.shape(0))
-    return _moved(call, [int(index) % rank for index in call.node.args[1]])
+    return _moved(call, [dim_index(index, rank) for index in call.node.args[1]])
 
 
 @rule(aten.movedim.int, aten.movedim.intlist)
@@ -263,7 +264,7 @@ def slice_(call: Call) -> Typed:
     """Rows of one dim."""
     kind, shape = call.types[0], call.shape(0)
     named = call.named
-    dim = int(named.get("dim") or 0) % len(shape)
+    dim = dim_index(named.get("dim") or 0, len(shape))
     start = int(named.get("start") or 0)
     start = max(0, start + shape[dim]) if start < 0 else min(start, shape[dim])
     length, step = call.out().shape[dim], int(named.get("step") or 1)
@@ -291,7 +292,7 @@ def slice_(call: Call) -> Typed:
 def select(call: Call) -> Typed:
     """One row of a dim, which must be whole."""
     kind = call.types[0]
-    dim = int(call.named["dim"]) % len(call.shape(0))
+    dim = dim_index(call.named["dim"], len(call.shape(0)))
     digits = kind.layout.dims[dim]
     if dim_axes(digits):
         raise Refusal(
@@ -314,7 +315,7 @@ def select(call: Call) -> Typed:
 def split_(call: Call) -> Typed:
     """A dim cut into consecutive parts."""
     kind = call.types[0]
-    dim = int(call.named.get("dim") or 0) % len(call.shape(0))
+    dim = dim_index(call.named.get("dim") or 0, len(call.shape(0)))
     outputs: list[Type] = []
     start = 0
     for index in range(len(call.node.outputs)):
@@ -328,7 +329,7 @@ def split_(call: Call) -> Typed:
 @rule(aten.unbind.int)
 def unbind(call: Call) -> Typed:
     """Each row of a dim, which must be whole."""
-    dim = int(call.named.get("dim") or 0) % len(call.shape(0))
+    dim = dim_index(call.named.get("dim") or 0, len(call.shape(0)))
     one = select_all(call, dim)
     return Typed((one,) * len(call.node.outputs), (_read_whole(call.types[0], dim),))
 
@@ -355,7 +356,7 @@ def _joined(call: Call, dim: int, names: list[list[Label]], out: list[Label], wh
 def cat(call: Call) -> Typed:
     """Parts joined along a dim, which must be whole in each."""
     rank = len(call.out().shape)
-    dim = int(call.named.get("dim") or 0) % rank
+    dim = dim_index(call.named.get("dim") or 0, rank)
     names: list[list[Label]] = [
         [("part", operand) if index == dim else index for index in range(len(call.shape(operand)))]
         for operand in range(len(call.types))
@@ -368,7 +369,7 @@ def cat(call: Call) -> Typed:
 def stack(call: Call) -> Typed:
     """Tensors of one shape joined along a new dim."""
     rank = len(call.out().shape)
-    dim = int(call.named.get("dim") or 0) % rank
+    dim = dim_index(call.named.get("dim") or 0, rank)
     names: list[list[Label]] = [list(range(rank - 1)) for _ in call.types]
     out: list[Label] = list(range(rank - 1))
     out.insert(dim, "joined")
@@ -377,9 +378,9 @@ def stack(call: Call) -> Typed:
 
 @rule(aten.view_as_complex.default)
 def as_complex(call: Call) -> Typed:
-    """[..., 2] -> [...]."""
+    """[..., 2] -> [...]; of complex numbers there is no maximum."""
     lead: list[Label] = list(range(len(call.out().shape)))
-    return unify(call, [[*lead, "pair"]], [lead], linear=COPY, whole=["pair"])
+    return unify(call, [[*lead, "pair"]], [lead], linear=PRODUCT, whole=["pair"])
 
 
 @rule(aten.view_as_real.default)
@@ -394,7 +395,7 @@ def reorder(call: Call) -> Typed:
     """Rows of the named dims in another order; those dims must be whole."""
     rank = len(call.shape(0))
     named = call.named.get("dims")
-    dims = range(rank) if not named else [int(dim) % rank for dim in named]
+    dims = range(rank) if not named else [dim_index(dim, rank) for dim in named]
     names: list[Label] = list(range(rank))
     return unify(call, [names], [names], linear=COPY, whole=list(dims))
 

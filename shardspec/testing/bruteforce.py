@@ -30,6 +30,7 @@ from shardspec.tracing import HostRead
 from shardspec.typecheck import OPERATOR_FAMILIES  # pyright: ignore[reportUnusedImport]  # noqa: F401
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+TOLERANCE |= {torch.complex128: 1e-9, torch.complex64: 1e-4, torch.complex32: 0.01}
 
 
 @frozen(kw_only=True)
@@ -104,7 +105,8 @@ def type_layouts(program: Program, layouts: Sequence[Layout], mesh: Mesh) -> "At
         refusal = inference.issues[0].refusal
         return Attempt(typed, mesh, fitted, inference, f"{refusal.code}: {refusal.what}\n{refusal.why}")
     cotangents = Cotangents(inference)
-    seeds = [ref.index for ref in tensors(program.result) if program.values[ref.index].dtype.is_floating_point]
+    dtypes = {ref.index: program.values[ref.index].dtype for ref in tensors(program.result)}
+    seeds = [index for index, dtype in dtypes.items() if dtype.is_floating_point or dtype.is_complex]
     backward = cotangents.program(typed, seeds)
     if cotangents.conflicts:
         axis = cotangents.conflicts[0].axis
@@ -350,8 +352,7 @@ class _Trial:
             scatter(seed / self._mean(index), Layout(self.typed.layout(index).dims), sizes)
             for seed, (_, index) in zip(seeds, chosen, strict=True)
         ]
-        dtypes = {value.dtype for value in self.typed.graph.values if value.dtype.is_floating_point}
-        tolerance = 10 * max(TOLERANCE[dtype] for dtype in dtypes)
+        tolerance = 10 * max(TOLERANCE.get(value.dtype, 0.0) for value in self.typed.graph.values)
         trained = [name for name in self.leaves if self.inputs[int(name[1:])].is_floating_point()]
         found: dict[str, Ranks] = {name: {} for name in trained}
         for at in coordinates(sizes):

@@ -87,7 +87,7 @@ def group(coordinate: Coordinate, axis: str, sizes: Sizes) -> list[Coordinate]:
 
 
 REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
-    SUM: lambda stacked: stacked.sum(0),
+    SUM: lambda stacked: stacked.sum(0, dtype=stacked.dtype),
     AVG: lambda stacked: stacked.sum(0) / len(stacked),
     MAX: lambda stacked: stacked.amax(0),
     MIN: lambda stacked: stacked.amin(0),
