@@ -10,12 +10,36 @@ from shardspec.kin import Kin
 from shardspec.layout import Layout
 from shardspec.mesh import Mesh
 from shardspec.program import Program, Ref, tensors
-from shardspec.rules import attention, contraction, convolution, index, loss, pointwise, random, reduction, view
+from shardspec.rules import (
+    attention,
+    contraction,
+    convolution,
+    index,
+    loss,
+    pointwise,
+    random,
+    reduction,
+    scatter,
+    spatial,
+    view,
+)
 from shardspec.rules.fit import layout_of
 from shardspec.rules.parse import Entry
 from shardspec.stages import Claims, TypedProgram
 
-OPERATOR_FAMILIES = (attention, contraction, convolution, index, loss, pointwise, random, reduction, view)
+OPERATOR_FAMILIES = (
+    attention,
+    contraction,
+    convolution,
+    index,
+    loss,
+    pointwise,
+    random,
+    reduction,
+    scatter,
+    spatial,
+    view,
+)
 """Importing a family registers its rules."""
 
 

@@ -16,7 +16,10 @@ LAYERS = (
     "spec constraints",
     "rules.table rules.operator",
     "rules.parse rules.factors",
-    "rules.attention rules.contraction rules.index rules.loss rules.pointwise rules.random rules.reduction rules.view",
+    (
+        "rules.attention rules.contraction rules.index rules.loss rules.pointwise rules.random rules.reduction "
+        "rules.scatter rules.spatial rules.view"
+    ),
     "rules.match rules.fit rules.convolution",
     "survey",
     "kin",

@@ -1,6 +1,6 @@
 """How an operator's rule is written: name each operand's dims by factor, and let `unify` do the rest."""
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -234,7 +234,9 @@ def _one_factor_an_axis(
     return owner
 
 
-def _pending(call: Call, owner: Mapping[str, Label], linear: Linear, scalars: bool) -> list[tuple[str, str]]:
+def _pending(
+    call: Call, owner: Mapping[str, Label], linear: Linear, scalars: bool, fixed: Collection[int]
+) -> list[tuple[str, str]]:
     """The pending reductions that pass the operator (rules 4 to 6 of the design)."""
     passed: list[tuple[str, str]] = []
     axes = {axis: kind for typed in call.types for axis, kind in typed.layout.pending}
@@ -264,11 +266,13 @@ def _pending(call: Call, owner: Mapping[str, Label], linear: Linear, scalars: bo
             raise _pending_refusal(
                 call, axis, held, "both factors are pending: a1*b1 + a2*b2 is not (a1 + a2)*(b1 + b2)"
             )
+        if any(index in fixed for index in held):
+            chooses = next(index for index in held if index in fixed)
+            raise _pending_refusal(call, axis, [chooses], f"{call.operand(chooses)} says which elements are taken")
         if linear == FIRST and held != [0]:
             raise _pending_refusal(call, axis, held, f"{name_of(call)} is linear in {call.operand(0)} only")
-        complete = len(held) < len(kinds) or scalars
-        if linear == JOINT and kind == SUM and complete:
-            other = next((i for i, pending in enumerate(kinds) if not pending), None)
+        other = next((i for i, pending in enumerate(kinds) if not pending and i not in fixed), None)
+        if linear == JOINT and kind == SUM and (other is not None or scalars):
             whole = call.operand(other) if other is not None else "the number that is added"
             raise _pending_refusal(
                 call, axis, held, f"{whole} is complete: it would be counted {call.sizes[axis]} times"
@@ -300,6 +304,7 @@ def unify(
     contracted: str = SUM,
     whole: Iterable[Label] = (),
     scalars: bool = False,
+    fixed: Collection[int] = (),
     out_sizes: Mapping[Any, int] | None = None,
 ) -> Typed:
     """Type an operator from the factors of its operands' dims.
@@ -311,6 +316,7 @@ def unify(
         contracted: the kind of reduction over the factors that no output has.
         whole: factors that must not be split.
         scalars: True when a Python number takes part as a complete operand of a `JOINT` operator.
+        fixed: operands that only say which elements of the others are taken: a condition, an index.
         out_sizes: sizes of fresh dims.
 
     Raises:
@@ -320,7 +326,7 @@ def unify(
     _check_whole(call, labels, whole)
     digits, uniform = _digits(call, labels)
     owner = _one_factor_an_axis(call, labels, digits)
-    pending = _pending(call, owner, linear, scalars)
+    pending = _pending(call, owner, linear, scalars, fixed)
     kept = {label for names in outputs for label in names}
     for label, dim in digits.items():
         if label not in kept:

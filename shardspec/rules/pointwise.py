@@ -21,6 +21,8 @@ aten = torch.ops.aten
 
 LINEAR = {
     aten.neg.default: PRODUCT,
+    aten.neg_.default: PRODUCT,
+    aten._conj.default: PRODUCT,
     aten.mul.Tensor: PRODUCT,
     aten.mul.Scalar: PRODUCT,
     aten.div.Tensor: FIRST,
@@ -37,6 +39,27 @@ LINEAR = {
     aten.sub_.Tensor: JOINT,
 }
 """The pointwise operators that let a pending sum through; every other one is nonlinear."""
+
+UNTAGGED = (
+    aten.polar.default,
+    aten.complex.default,
+    aten.hardswish.default,
+    aten.hardswish_.default,
+    aten.log_sigmoid.default,
+    aten._prelu_kernel.default,
+    aten.floor_divide.default,
+    aten.floor_divide_.Tensor,
+    aten.abs_.default,
+    aten.mish_.default,
+    aten.threshold_.default,
+    aten.copysign_.Tensor,
+    *(
+        getattr(getattr(aten, name), kind)
+        for name in ("eq_", "ne_", "lt_", "le_", "gt_", "ge_")
+        for kind in ("Tensor", "Scalar")
+    ),
+)
+"""Pointwise and nonlinear operators that torch does not tag as pointwise."""
 
 CASTS = (
     aten.to.dtype,
@@ -69,7 +92,7 @@ def pointwise(call: Call) -> Typed:
     )
 
 
-rule(*LINEAR, aten.polar.default, aten.complex.default)(pointwise)
+rule(*LINEAR, *UNTAGGED)(pointwise)
 
 
 @rule(
@@ -99,11 +122,10 @@ def cast(call: Call) -> Typed:
 @rule(aten.where.self)
 def where(call: Call) -> Typed:
     """Linear in the two branches together; the condition must be complete."""
-    linear = NONLINEAR if call.types[0].layout.pending else JOINT
-    return unify(call, aligned(call), [aligned_output(call.out().shape)], linear=linear)
+    return unify(call, aligned(call), [aligned_output(call.out().shape)], linear=JOINT, fixed=(0,))
 
 
-@rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+@rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.masked_fill_.Scalar, aten.masked_fill_.Tensor)
 def masked_fill(call: Call) -> Typed:
     """Linear in the first operand when it fills with zero."""
     linear = FIRST if call.named.get("value") == 0 else NONLINEAR

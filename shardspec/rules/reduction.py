@@ -25,6 +25,9 @@ aten = torch.ops.aten
 PARTIAL = {
     aten.sum.default: SUM,
     aten.sum.dim_IntList: SUM,
+    aten.nansum.default: SUM,
+    aten.count_nonzero.default: SUM,
+    aten.count_nonzero.dim_IntList: SUM,
     aten.mean.default: AVG,
     aten.mean.dim: AVG,
     aten.amax.default: MAX,
@@ -33,6 +36,10 @@ PARTIAL = {
     aten.min.default: MIN,
 }
 """Reductions of which a rank's part leaves a pending value of this kind."""
+
+
+COUNTS = (aten.nansum.default, aten.count_nonzero.default, aten.count_nonzero.dim_IntList)
+"""Sums of something that is not linear in the elements."""
 
 
 def _dims(call: Call) -> list[int]:
@@ -56,6 +63,7 @@ def partial(call: Call) -> Typed:
     names: list[Label] = list(range(len(call.shape(0))))
     pending = {found for _, found in call.types[0].layout.pending}
     linear = PRODUCT if kind in (SUM, AVG) else COPY if pending <= {kind} else NONLINEAR
+    linear = linear if call.node.func not in COUNTS else NONLINEAR
     return unify(call, [names], [_outputs(call, dims)], linear=linear, contracted=kind)
 
 
@@ -79,6 +87,16 @@ def partial(call: Call) -> Typed:
     aten.max.dim,
     aten.min.dim,
     aten.median.dim,
+    aten.median.default,
+    aten.nanmedian.dim,
+    aten.nanmedian.default,
+    aten.kthvalue.default,
+    aten.mode.default,
+    aten.any.dims,
+    aten.all.dims,
+    aten.std_mean.correction,
+    aten.var_mean.correction,
+    aten.aminmax.default,
 )
 def whole(call: Call) -> Typed:
     """A reduction over dims that must be whole."""
@@ -93,10 +111,15 @@ def whole(call: Call) -> Typed:
     aten._softmax.default,
     aten.log_softmax.int,
     aten._log_softmax.default,
+    aten._safe_softmax.default,
     aten.sort.default,
+    aten.sort.stable,
+    aten.cummax.default,
+    aten.cummin.default,
     aten.argsort.default,
     aten.logcumsumexp.default,
     aten.cumprod.default,
+    aten.cumprod_.default,
     aten.glu.default,
 )
 def along(call: Call) -> Typed:
@@ -117,6 +140,7 @@ def along(call: Call) -> Typed:
     aten.smooth_l1_loss.default,
     aten.huber_loss.default,
     aten.binary_cross_entropy_with_logits.default,
+    aten.binary_cross_entropy.default,
 )
 def loss(call: Call) -> Typed:
     """A function of each pair of elements, then their mean or their sum, or neither."""
@@ -126,7 +150,7 @@ def loss(call: Call) -> Typed:
     return unify(call, names, [out], contracted=SUM if reduction == 2 else AVG)
 
 
-@rule(aten.cumsum.default)
+@rule(aten.cumsum.default, aten.cumsum_.default)
 def cumsum(call: Call) -> Typed:
     """Linear, along a dim that must be whole."""
     rank = len(call.shape(0))

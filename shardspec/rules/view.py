@@ -311,6 +311,7 @@ def select(call: Call) -> Typed:
     aten.split_with_sizes.default,
     aten.chunk.default,
     aten.unsafe_chunk.default,
+    aten.unsafe_split.Tensor,
 )
 def split_(call: Call) -> Typed:
     """A dim cut into consecutive parts."""
@@ -400,9 +401,19 @@ def reorder(call: Call) -> Typed:
     return unify(call, [names], [names], linear=COPY, whole=list(dims))
 
 
-@rule(aten.tril.default, aten.triu.default)
+@rule(aten.tril.default, aten.triu.default, aten.tril_.default, aten.triu_.default)
 def triangle(call: Call) -> Typed:
     """Zeroes one triangle of the last two dims, which must be whole."""
     rank = len(call.shape(0))
     names: list[Label] = list(range(rank))
     return unify(call, [names], [names], linear=COPY, whole=[rank - 2, rank - 1])
+
+
+@rule(aten.diagonal.default)
+def diagonal(call: Call) -> Typed:
+    """The diagonal of two whole dims, as a new last dim."""
+    rank = len(call.shape(0))
+    dims = [dim_index(call.named[name], rank) for name in ("dim1", "dim2")]
+    names: list[Label] = list(range(rank))
+    out: list[Label] = [*(index for index in range(rank) if index not in dims), "diagonal"]
+    return unify(call, [names], [out], linear=COPY, whole=dims, out_sizes={"diagonal": call.out().shape[-1]})

@@ -252,7 +252,7 @@ class _Trial:
             whole.detach(),
             kind.layout,
             self.mesh.shape,
-            tolerance=TOLERANCE.get(whole.dtype, 0.0),
+            tolerance=self._tolerance() if whole.dtype in TOLERANCE else 0.0,
         )
         if problem:
             raise _WrongError(f"{name} is said to be {kind.layout}: {problem}")
@@ -352,7 +352,7 @@ class _Trial:
             scatter(seed / self._mean(index), Layout(self.typed.layout(index).dims), sizes)
             for seed, (_, index) in zip(seeds, chosen, strict=True)
         ]
-        tolerance = 10 * max(TOLERANCE.get(value.dtype, 0.0) for value in self.typed.graph.values)
+        tolerance = 10 * self._tolerance()
         trained = [name for name in self.leaves if self.inputs[int(name[1:])].is_floating_point()]
         found: dict[str, Ranks] = {name: {} for name in trained}
         for at in coordinates(sizes):
@@ -380,6 +380,10 @@ class _Trial:
             problem = difference(found[name], target / self._mean(index), expects, sizes, tolerance=tolerance)
             if problem:
                 raise _WrongError(f"the gradient of input {name[1:]} is said to be {expects}: {problem}")
+
+    def _tolerance(self) -> float:
+        """That of the coarsest dtype that is computed in."""
+        return max(TOLERANCE.get(value.dtype, 0.0) for value in self.typed.graph.values)
 
     def _mean(self, index: int) -> int:
         """By what a rank's share of a mean divides the mean's cotangent."""

@@ -431,8 +431,82 @@ ATTENTION = [
         ),
     ),
 ]
+SPATIAL_AND_SCATTER = [
+    case("where of two sums", "b d, b d, b d", plain(lambda c, x, y: torch.where(c, x, y) * 2.0), "?  "),
+    case("pad of the last", "b s d!", plain(lambda x: F.pad(x, (1, 2)))),
+    case("pad with a number", "b s d!", plain(lambda x: F.pad(x, (1, 0), value=3.0))),
+    case("pad of a middle dim", "b s! d", plain(lambda x: F.pad(x, (0, 0, 1, 0)))),
+    case("crop by a pad", "b d!", plain(lambda x: F.pad(x, (-1, 1)))),
+    case("reflected", "b c x!", plain(lambda x: F.pad(torch.cat([x, x], -1), (1, 2), mode="reflect"))),
+    case("replicated edge", "b c x! y!", plain(lambda x: F.pad(x, (1, 2, 0, 1), mode="replicate"))),
+    case("nearest", "b c x! y!", plain(lambda x: F.interpolate(x, scale_factor=2, mode="nearest"))),
+    case("bilinear", "b c x! y!", plain(lambda x: F.interpolate(x, size=(3, 5), mode="bilinear"))),
+    case("bicubic", "b c x! y!", plain(lambda x: F.interpolate(x, size=(3, 4), mode="bicubic", align_corners=True))),
+    case("linear resampling", "b c x!", plain(lambda x: F.interpolate(x, scale_factor=1.5, mode="linear"))),
+    case("pixel shuffle", "b c! x! y!", plain(lambda x: F.pixel_shuffle(x.repeat(1, 4, 1, 1), 2))),
+    case("windows", "b x!", plain(lambda x: torch.cat([x, x], -1).unfold(-1, 2, 1))),
+    case("patches", "b c! x! y!", plain(lambda x: F.unfold(x, 2, padding=1))),
+    case(
+        "sampled",
+        "b c x! y!, b u v t!",
+        plain(lambda x, g: F.grid_sample(x, g[..., :1].repeat(1, 1, 1, 2), align_corners=False)),
+    ),
+    case("spectrum", "b s!", plain(lambda x: torch.fft.rfft(x).abs())),
+    case("spectrum and back", "b s! d", plain(lambda x: torch.fft.ifft(torch.fft.fft(x, dim=1), dim=1).real)),
+    case("group norm", "b c! x, c!, c!", plain(lambda x, w, c: F.group_norm(x, 1, w, c))),
+    case(
+        "batch norm, fixed", "b c x!, c, c", plain(lambda x, m, v: F.batch_norm(x, m.detach(), v.detach().abs() + 1.0))
+    ),
+    case(
+        "batch norm of a batch",
+        "b! c x!, c, c",
+        plain(lambda x, w, c: F.batch_norm(x, None, None, w, c, training=True)),
+    ),
+    case("instance norm", "b c x! y!", plain(lambda x: F.instance_norm(torch.cat([x, x + 1.0], -1)))),
+    case("scatter of numbers", "b v!, b s!", plain(lambda x, i: x.scatter(1, i, 0.0)), " v"),
+    case(
+        "scatter of another number", "b v!, b s!", plain(lambda x, i: torch.zeros_like(x).scatter_(1, i, 1.0) * x), " v"
+    ),
+    case("scatter in part", "b! v!, 1 1", plain(lambda x, i: x.scatter(0, i, 0.0)), " b"),
+    case("scatter add", "b v!, b s!, b s!", plain(lambda x, i, y: x.scatter_add(1, i, y)), " v "),
+    case("scatter add in place", "b v!, b s!, b s!", plain(lambda x, i, y: x.clone().scatter_add_(1, i, y)), " v "),
+    case("index add", "v! d, s!, s! d", plain(lambda x, i, y: x.index_add(0, i, y)), " v "),
+    case("index add in place", "v! d, s!, s! d", plain(lambda x, i, y: torch.zeros_like(x).index_add_(0, i, y)), " v "),
+    case("index fill", "b v!, s!", plain(lambda x, i: x.index_fill(1, i, 0.0)), " v"),
+    case("copy in place", "b d, b d", plain(lambda x, y: x.clone().copy_(y))),
+    case("copy of a row in place", "b d, d", plain(lambda x, y: x.clone().copy_(y))),
+    case("fill in place", "b d", plain(lambda x: x.clone().fill_(2.0))),
+    case("zero in place", "b d", plain(lambda x: x.clone().zero_())),
+    case("masked fill in place", "b d, d", plain(lambda x, m: x.clone().masked_fill_(m, 0.0)), " ?"),
+    case("diagonal", "b s! s!", plain(lambda x: x.diagonal(0, 1, 2))),
+    case("nansum", "b s", plain(lambda x: x.nansum(1))),
+    case("count", "b s", plain(lambda x: x.relu().count_nonzero(1))),
+    case("running maximum", "b s!", plain(lambda x: x.cummax(1))),
+    case("median of all", "b! s!", plain(torch.median)),
+    case("any of two dims", "b s! d!", plain(lambda x: x.any((1, 2))), "?"),
+    case("variance and mean", "b s", plain(lambda x: torch.var_mean(x, 1, correction=0))),
+    case("stable sort", "b s!", plain(lambda x: x.sort(dim=1, stable=True))),
+    case("hard swish", "b d", plain(F.hardswish)),
+    case("log sigmoid", "b d", plain(F.logsigmoid)),
+    case("prelu", "b c d, c", plain(F.prelu)),
+    case("floor divide", "b d", plain(lambda x: x.detach() // 2)),
+    case(
+        "binary cross entropy of probabilities",
+        "b d, b d",
+        plain(lambda x, y: F.binary_cross_entropy(x.sigmoid(), y.sigmoid().detach())),
+    ),
+    case(
+        "average pool of whole numbers",
+        "b c v!, v",
+        with_sizes(lambda i, v, n: F.avg_pool1d(i.double(), 2).long() if n.v > 1 else i),
+        "v ",
+    ),
+    case("frexp", "b d", plain(torch.frexp)),
+    case("0-dim reductions", ", ", plain(lambda x, y: (x.softmax(0), x.sum(0), y.cumsum(0), y.amax(-1), x.sort(0)))),
+    case("a 0-dim bias", ", m k!, k! n", plain(torch.addmm)),
+]
 
-CASES = POINTWISE + REDUCTIONS + CONTRACTIONS + VIEWS + INDEXING + CONVOLUTIONS + ATTENTION
+CASES = POINTWISE + REDUCTIONS + CONTRACTIONS + VIEWS + INDEXING + CONVOLUTIONS + ATTENTION + SPATIAL_AND_SCATTER
 
 
 def _halves(size: int) -> tuple[int, int]:

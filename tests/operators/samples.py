@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from shardspec.nests import replace_tensors, tensor_leaves
@@ -34,6 +34,10 @@ class Sample:
     call: Callable[..., Any]
     inputs: tuple[Tensor, ...]
 
+    def with_constants(self) -> "Sample":
+        """The same, the gradient of the first tensor alone asked for: of some operands torch knows none."""
+        return evolve(self, call=lambda first, *rest: self.call(first, *(tensor.detach() for tensor in rest)))
+
     def __str__(self) -> str:
         held = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in self.inputs)
         return f"{self.name}({held})"
@@ -55,7 +59,7 @@ def name_of(operator: Any) -> str:
 
 
 def samples(operator: Any, seed: int, most: int) -> list[Sample]:
-    """At most `most` samples of an operator in float64, one in another dtype, and one of its in-place form.
+    """At most `most` samples of an operator in float64, one in another dtype, and two of its in-place form.
 
     Those are drawn by `seed`, and so are the values in them.
     """
@@ -75,8 +79,7 @@ def samples(operator: Any, seed: int, most: int) -> list[Sample]:
         chosen += [Sample(f"{name} of {str(dtype)[6:]}", _function(operator.op, *one), one[0]) for one in drawn]
     inplace = operator.get_inplace()
     if inplace is not None:
-        whole = [one for one in found if not one[2]]
-        drawn = _draw(rng, whole, 1)
+        drawn = _draw(rng, [one for one in found if not one[2] and any(tensor.ndim for tensor in one[0])], 2)
         chosen += [Sample(f"{name} in place", _function(_on_a_copy(inplace), *one), one[0]) for one in drawn]
     return chosen
 
