@@ -12,7 +12,7 @@ help:
 	@echo "make train   train the debug Llama on fsdp=2,tp=2 (TRAIN_ARGS=... for another run)"
 	@echo "make test    lint, types and every test"
 	@echo "make lint    ruff and basedpyright alone"
-	@echo "make sweep   parity on the whole grid of meshes, and over the gallery"
+	@echo "make sweep   what takes long: parity on every mesh, operators and edited tables by brute force"
 	@echo "make bench   time and memory against hand-written code"
 	@echo "make clean   remove the environment and what runs left"
 
@@ -37,6 +37,7 @@ test: lint
 sweep: $(READY)
 	$(PY) -m benchmarks.sweep
 	$(PY) -m benchmarks.gallery
+	$(PY) -m benchmarks.operators
 
 bench: $(READY)
 	$(PY) -m benchmarks.bench

@@ -109,9 +109,9 @@ def copy(call: Call) -> Typed:
 
 @rule(*CASTS)
 def cast(call: Call) -> Typed:
-    """A cast among floating types is linear; one to integers or booleans is not."""
+    """A cast to a floating type is linear, up to rounding; one to integers or booleans is not."""
     exact = call.dtype(0) == call.out().dtype
-    linear = exact or (call.out().dtype.is_floating_point and call.dtype(0).is_floating_point)
+    linear = exact or (call.out().dtype.is_floating_point and not call.dtype(0).is_complex)
     # Of a second operand only the dtype is read: its layout, and what it still owes, are no matter.
     cast = Call(call.node, call.values, call.types[:1], call.sizes, call.refs[:1])
     labels = aligned(cast)

@@ -82,7 +82,6 @@ def partial(call: Call) -> Typed:
     aten.logsumexp.default,
     aten.argmax.default,
     aten.argmin.default,
-    aten.linalg_vector_norm.default,
     aten.norm.ScalarOpt_dim,
     aten.max.dim,
     aten.min.dim,
@@ -104,6 +103,19 @@ def whole(call: Call) -> Typed:
     names: list[Label] = list(range(len(call.shape(0))))
     outputs = [_outputs(call, dims) for _ in call.node.outputs]
     return unify(call, [names], outputs, whole=dims)
+
+
+NORMS = {0: SUM, 1: SUM, float("inf"): MAX, float("-inf"): MIN}
+"""Order of a norm that a rank's part has a share of -> what is left to do."""
+
+
+@rule(aten.linalg_vector_norm.default)
+def norm_of_vectors(call: Call) -> Typed:
+    """A norm over dims: of most orders they must be whole; sums of magnitudes and extremes may be split."""
+    contracted, names = NORMS.get(call.named["ord"]), list(range(len(call.shape(0))))
+    if contracted is None:
+        return whole(call)
+    return unify(call, [names], [_outputs(call, _dims(call))], contracted=contracted)
 
 
 @rule(

@@ -93,7 +93,12 @@ def record_operator(op: Callable[..., Any], inputs: Sequence[Tensor]) -> Program
     Raises:
         HostRead: `op` reads a value on the host.
     """
-    return trace(survey(Operator(op, inputs)), {})
+    return trace(survey(as_model(op, inputs)), {})
+
+
+def as_model(op: Callable[..., Any], inputs: Sequence[Tensor]) -> nn.Module:
+    """An operator as a model without arguments, its inputs x0, x1, ... as parameters and buffers."""
+    return Operator(op, inputs)
 
 
 def type_layouts(program: Program, layouts: Sequence[Layout], mesh: Mesh) -> "Attempt":

@@ -9,14 +9,14 @@ from attrs import define, field, frozen
 
 import shardspec as ss
 from shardspec.infer import Issue
-from shardspec.layout import MAX, MIN, Layout
+from shardspec.layout import MAX, MIN
 from shardspec.nests import tensor_leaves
 from shardspec.program import Node, Program, tensors
 from shardspec.rules.operator import RULES
 from shardspec.rules.pointwise import is_pointwise
 from shardspec.testing.bruteforce import Attempt, record_operator, type_layouts
 from shardspec.tracing import HostRead
-from tests.operators.layouts import Layouts, axis_sizes, choices, joined
+from tests.operators.layouts import Layouts, axis_sizes, choices, joined, renamed
 from tests.operators.samples import Sample, samples
 from tests.operators.soundness import some_layout_is_sound
 
@@ -28,6 +28,10 @@ RUN = 3
 
 ASKED = 6
 """Of those that are refused, how many are searched for a layout that would be sound."""
+
+
+RAISES = "a rank cannot run it"
+"""How a problem begins where torch refuses a rank's parts."""
 
 
 @define(eq=False)
@@ -157,7 +161,7 @@ class _Trials:
             (one, left), (two, right) = self.rng.choice(accepted), self.rng.choice(accepted)
             if one * two > 10:
                 continue
-            other = tuple(_renamed(layout) for layout in right)
+            other = tuple(renamed(layout) for layout in right)
             layouts = joined(self.rng, left, other, "dp", two)
             if layouts is not None:
                 attempt = self._type(layouts, ss.Mesh(dp=two, tp=one))
@@ -209,7 +213,7 @@ class _Trials:
         except NotImplementedError:  # torch has no kernel for the dtype
             return
         except (RuntimeError, IndexError, TypeError) as error:
-            problem = f"a rank cannot run it: {str(error).splitlines()[0]}"
+            problem = f"{RAISES}: {str(error).splitlines()[0]}"
         if problem:
             layouts = ", ".join(map(str, attempt.layouts.values()))
             self.report.wrong.append(Wrong(str(self.sample), str(dict(attempt.mesh.shape)), layouts, problem))
@@ -229,9 +233,3 @@ def _has_gradient(sample: Sample) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _renamed(layout: Layout) -> Layout:
-    """The layout on "dp" in place of "tp"."""
-    dims = tuple(tuple("dp" if digit == "tp" else digit for digit in dim) for dim in layout.dims)
-    return Layout(dims, tuple(("dp", kind) for _, kind in layout.pending))

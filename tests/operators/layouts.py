@@ -118,3 +118,9 @@ def _joined_dim(rng: Random, one: DimLayout, two: DimLayout, axis: str, size: in
     inner = int(one[at]) // size
     pair = [axis, inner] if rng.random() < 0.5 else [inner, axis]
     return merge([*one[:at], *pair, *one[at + 1 :]])
+
+
+def renamed(layout: Layout) -> Layout:
+    """The layout on "dp" in place of "tp"."""
+    dims = tuple(tuple("dp" if digit == "tp" else digit for digit in dim) for dim in layout.dims)
+    return Layout(dims, tuple(("dp", kind) for _, kind in layout.pending))

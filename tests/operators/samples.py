@@ -1,6 +1,6 @@
 """PyTorch's own `op_db` as operators on concrete inputs: each of its samples is a function of its tensors."""
 
-import importlib
+import importlib.util
 import sys
 import types
 import unittest
@@ -45,9 +45,9 @@ class Sample:
 
 def op_db() -> list[Any]:
     """The operators of torch's test kit, by name; its one import that torch does not bring is stood in for."""
-    if importlib.util.find_spec("expecttest") is None:
+    if "expecttest" not in sys.modules and importlib.util.find_spec("expecttest") is None:
         # Its TestCase is a base class of torch's own, of which nothing here runs.
-        sys.modules.setdefault("expecttest", types.SimpleNamespace(TestCase=unittest.TestCase, ACCEPT=False))
+        sys.modules["expecttest"] = types.SimpleNamespace(TestCase=unittest.TestCase, ACCEPT=False)
     found = importlib.import_module("torch.testing._internal.common_methods_invocations").op_db
     return sorted(found, key=name_of)
 

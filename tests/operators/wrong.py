@@ -4,8 +4,8 @@ from math import prod
 
 import torch
 
-from shardspec.layout import MAX, SUM, Layout
-from shardspec.rules import index, reduction, view
+from shardspec.layout import MAX, SUM, Layout, dim_axes, local_size
+from shardspec.rules import contraction, index, pointwise, reduction, spatial, view
 from shardspec.rules.operator import COPY, PRODUCT, Call, Label, Refusal, Type, Typed, aligned, aligned_output, unify
 from tests.strategies import merge
 
@@ -96,19 +96,93 @@ def where_with_a_pending_condition(call: Call) -> Typed:
     return unify(call, aligned(call), [aligned_output(call.out().shape)], linear=PRODUCT)
 
 
-WRONG = [
-    (aten.softmax.int, softmax_of_a_part, "softmax"),
-    (aten.sum.dim_IntList, sum_that_owes_nothing, "sum"),
-    (aten.mean.dim, mean_that_is_a_sum, "mean"),
-    (aten.amax.default, amax_of_a_sum, "amax"),
-    (aten.mul.Tensor, product_of_two_sums, "square by mul"),
-    (aten.add.Tensor, sum_of_a_sum_and_a_whole, "add"),
-    (aten.view.default, view_cut_from_the_left, "merge"),
-    (aten.view.default, view_cut_from_the_left, "cut the first"),
-    (aten.slice.Tensor, slice_at_the_global_start, "slice from behind"),
-    (aten.cat.default, cat_of_parts, "cat of equals"),
-    (aten.embedding.default, embedding_that_owes_nothing, "embedding"),
-    (aten.scaled_dot_product_attention.default, attention_to_other_heads, "grouped attention"),
-    (aten.rms_norm.default, weight_read_in_part, "rms norm"),
-    (aten.where.self, where_with_a_pending_condition, "where on a comparison"),
-]
+def flatten_backwards(call: Call) -> Typed:
+    """The digits of a merged dim, minor to major."""
+    kind, after = call.types[0], call.out().shape
+    if len(after) > 2 or any(len(dim) > 1 and isinstance(dim[0], int) for dim in kind.layout.dims):
+        return view.view(call)
+    kept = len(after) - 1
+    digits = [digit for dim in reversed(kind.layout.dims[kept:]) for digit in dim]
+    if not digits or len(kind.layout.dims) == 1:
+        return view.view(call)
+    return Typed((Type(Layout((*kind.layout.dims[:kept], merge(digits)), kind.layout.pending)),), (kind,))
+
+
+def embedding_of_global_rows(call: Call) -> Typed:
+    """Ids are looked up as they are in the rows that a rank holds."""
+    typed = index.embedding(call)
+    return Typed(typed.outputs, typed.consumed)
+
+
+def first_operand_alone(call: Call) -> Typed:
+    """Where an operand is 0-dim, the other's type is the result's."""
+    if len(call.types) == 2 and not call.types[1].layout.dims:
+        return Typed((call.types[0],), call.types)
+    return pointwise.pointwise(call)
+
+
+def whole_meets_split(call: Call) -> Typed:
+    """A dim of one on a rank broadcasts against a whole one, and nobody asks."""
+    if len(call.types) != 2 or any(kind.layout.pending for kind in call.types):
+        return pointwise.pointwise(call)
+    labels = aligned(call)
+    one = call.types[0].layout.dims
+    for at, dim in enumerate(call.types[1].layout.dims):
+        beside = at - len(call.types[1].layout.dims) + len(one)
+        if beside >= 0 and local_size(dim) == 1 and dim_axes(dim) and not dim_axes(one[beside]):
+            labels[1][at] = None
+    return unify(call, labels, [aligned_output(call.out().shape)])
+
+
+def product_of_a_part(call: Call) -> Typed:
+    """[m, k] x [k, n] without a look at k."""
+    return unify(call, [["m", "k"], ["other k", "n"]], [["m", "n"]], linear=PRODUCT)
+
+
+def along_a_part(call: Call) -> Typed:
+    return unify(call, dims_only(call), dims_only(call), linear=PRODUCT)
+
+
+def along_a_part_twice(call: Call) -> Typed:
+    return unify(call, dims_only(call), dims_only(call) * 2)
+
+
+def repeat_after(call: Call) -> Typed:
+    """As if each element were repeated beside itself."""
+    typed = view.repeat(call)
+    counts = [int(count) for count in call.named["repeats"]][-len(call.types[0].layout.dims) :]
+    dims = [merge([*dim, count]) for dim, count in zip(call.types[0].layout.dims, counts, strict=False)]
+    old = typed.outputs[0].layout
+    lead = old.dims[: len(old.dims) - len(dims)]
+    return Typed((Type(Layout((*lead, *dims), old.pending)),), (Type(call.types[0].layout),), local=typed.local)
+
+
+def expand_of_a_pending(call: Call) -> Typed:
+    """What is owed is forgotten on the way."""
+    typed = view.expand(call)
+    return Typed((Type(Layout(typed.outputs[0].layout.dims), typed.outputs[0].uniform),), typed.consumed)
+
+
+def rows_of_a_part(call: Call) -> Typed:
+    dim = int(call.named["dim"]) % max(len(call.shape(0)), 1)
+    names = dims_only(call)[0]
+    out = ["i" if at == dim else name for at, name in enumerate(names)]
+    typed = unify(call, [names, ["i"]], [out], linear=PRODUCT)
+    return Typed((Type(Layout(typed.outputs[0].layout.dims)),), typed.consumed)
+
+
+def linear_that_owes_nothing(call: Call) -> Typed:
+    typed = contraction.linear(call)
+    return Typed((Type(Layout(typed.outputs[0].layout.dims)),), typed.consumed)
+
+
+def pad_of_shares(call: Call) -> Typed:
+    """Every share gets the number."""
+    return spatial.over(call, [len(call.shape(0)) - 1], PRODUCT)
+
+
+def scatter_into_a_part(call: Call) -> Typed:
+    """Each rank writes where the index says, in its own part."""
+    names = dims_only(call)[0]
+    index_names = [("i", name) if at == call.named["dim"] else name for at, name in enumerate(names)]
+    return unify(call, [names, index_names], [names], linear=PRODUCT)
