@@ -1,6 +1,6 @@
 """The operator rules against brute force, at large: what docs/operators.md says.
 
-    python -m benchmarks.operators [--out docs/operators.md] [--seeds 5] [--samples 5] [--trials 20000]
+    python -m benchmarks.operators [--out docs/operators.md] [--seeds 5] [--samples 5] [--trials 20000] [--jobs 2]
 
 PyTorch's own `op_db`, its samples laid out in many ways; directed fuzz until so many trials were accepted; and the
 wrong rules that are planted, with the oracles that catch them. Status 1: an acceptance that the ranks do not keep,
@@ -8,18 +8,18 @@ or a planted bug that nobody caught.
 """
 
 import argparse
+import multiprocessing
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from shardspec.rules.operator import RULES
 from tests.operators.cases import CASES
-from tests.operators.coverage import ASKED, RUN, TYPED, Report, Row, cover, has_rule
+from tests.operators.coverage import ASKED, RUN, TYPED, Report, Row, aten_name, cover
 from tests.operators.fuzz import Fuzz, fuzz
 from tests.operators.planted import APART, PLANTED, Planted, by_dry_run, by_fuzz, by_op_db, by_program
 from tests.operators.samples import op_db
@@ -36,13 +36,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5, help="draws of op_db's samples, their layouts and values")
     parser.add_argument("--samples", type=int, default=5, help="the most samples of an operator in one draw")
     parser.add_argument("--trials", type=int, default=20_000, help="fuzz until so many trials were accepted")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     began, report = time.monotonic(), Report()
-    for seed in range(options.seeds):
-        cover(op_db(), seed, options.samples, report)
-        print(f"seed {seed}: {report.validated} validated, {len(report.wrong)} wrong", flush=True)
+    draws = [(seed, options.samples) for seed in range(options.seeds)]
+    with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
+        for seed, drawn in enumerate(pool.imap(draw, draws)):
+            print(f"seed {seed}: {drawn.validated} validated, {len(drawn.wrong)} wrong", flush=True)
+            report.add(drawn)
     fuzzed = fuzz(options.trials, FUZZ_START)
     print(f"fuzz: {fuzzed.total} accepted of {fuzzed.trials}, {len(fuzzed.wrong)} wrong", flush=True)
     caught = {bug: [oracle(bug) for oracle in ORACLES] for bug in PLANTED}
@@ -54,16 +57,23 @@ def main(argv: list[str] | None = None) -> int:
     return int(bool(report.wrong or fuzzed.wrong or missed))
 
 
+def draw(options: tuple[int, int]) -> Report:
+    """One draw of all of `op_db`: (seed, the most samples of an operator)."""
+    report = Report()
+    cover(op_db(), *options, report)
+    return report
+
+
 def render(report: Report, fuzzed: Fuzz, caught: dict[Planted, list[str]], seeds: int, samples: int) -> str:
     """The page."""
     return "\n".join([*_summary(report, seeds, samples), *_fuzz(fuzzed), *_planted(caught), *_tables(report)]) + "\n"
 
 
 def _summary(report: Report, seeds: int, samples: int) -> list[str]:
-    rows = {func: row for func, row in report.rows.items() if has_rule(func)}
+    rows = {name: row for name, row in report.rows.items() if row.rule}
     over = sum(row.over for row in rows.values())
     some = sum(row.over > 0 for row in rows.values())
-    met = sum(row.samples for row in rows.values())
+    met = sum(row.asked for row in rows.values())
     return [
         "# Operator rules against brute force",
         "",
@@ -73,9 +83,9 @@ def _summary(report: Report, seeds: int, samples: int) -> list[str]:
         "",
         f"{seeds} draws of at most {samples} samples of each of `op_db`'s {len(op_db())} operators in float64, one in",
         "another dtype and two of its in-place form. Each is typed on choices of layouts on one axis (of 2, 3 or 5; at",
-        f"most {TYPED} choices on each of two sizes): contiguous, strided and pending. Of those that are accepted {RUN}",
-        "are run on all ranks, values and gradients compared with the whole's, and as many that join two of them on",
-        "two axes.",
+        f"most {TYPED} choices on each of two sizes): contiguous, strided and pending. Of those that are accepted",
+        f"{RUN} are run on all ranks, values and gradients compared with the whole's, and as many that join two of them",
+        "on two axes.",
         "",
         "| | |",
         "|---|---|",
@@ -93,7 +103,7 @@ def _summary(report: Report, seeds: int, samples: int) -> list[str]:
         f"| over-rejected samples, of {met}, at most | {over} (of {some} operators) |",
         "",
         "A sample is *over-rejected* for an operator where every layout of its operands was refused, although for one",
-        f"of the first {ASKED} refusals some layout of the results was what the ranks compute. That is an upper bound:",
+        f"of {ASKED} refusals some layout of the results was what the ranks compute. That is an upper bound:",
         "only forward is looked at, on one draw of values, and operands pending a maximum are left out. Most are 0-dim",
         "operands that are pending (a sign that agrees by chance), and weights of norms, in which a norm is linear.",
         "",
@@ -106,8 +116,8 @@ def _fuzz(fuzzed: Fuzz) -> list[str]:
         "## Directed fuzz",
         "",
         f"{len(CASES)} cases, random shapes, meshes of up to 8 ranks and layouts that mostly agree: {fuzzed.trials}",
-        f"trials, {fuzzed.total} accepted and run, values and gradients: **{len(fuzzed.wrong)} wrong**. The case that is",
-        f'accepted least often is "{least}", {fuzzed.accepted[least]} times.',
+        f"trials, {fuzzed.total} accepted and run, values and gradients: **{len(fuzzed.wrong)} wrong**. The case that",
+        f'is accepted least often is "{least}", {fuzzed.accepted[least]} times.',
         "",
     ]
 
@@ -115,7 +125,7 @@ def _fuzz(fuzzed: Fuzz) -> list[str]:
 def _planted(caught: dict[Planted, list[str]]) -> list[str]:
     said = {"": "not seen", APART: "not reached"}
     rows = [
-        f"| {bug.bug} | `{_name(bug.target)}` | {' | '.join(said.get(found, found) for found in oracles)} |"
+        f"| {bug.bug} | `{aten_name(bug.target)}` | {' | '.join(said.get(found, found) for found in oracles)} |"
         for bug, oracles in caught.items()
     ]
     return [
@@ -134,10 +144,10 @@ def _planted(caught: dict[Planted, list[str]]) -> list[str]:
 
 def _tables(report: Report) -> list[str]:
     head = ["| operator | samples | tried | accepted | validated | over-rejected |", "|---|---|---|---|---|---|"]
-    ruled = {func: report.rows.get(func, Row()) for func in RULES}
-    tagged = {func: row for func, row in report.rows.items() if func not in RULES and has_rule(func)}
-    unruled = sorted((_name(func), row) for func, row in report.rows.items() if not has_rule(func))
-    sound = [f"`{name}` {row.over}/{row.samples}" for name, row in unruled if row.over]
+    ruled = {name: report.rows.get(name, Row()) for name in map(aten_name, RULES)}
+    tagged = {name: row for name, row in report.rows.items() if row.rule == "tag"}
+    unruled = sorted((name, row) for name, row in report.rows.items() if not row.rule)
+    sound = [f"`{name}` {row.over}/{row.asked}" for name, row in unruled if row.over]
     never = [f"`{name}`" for name, row in unruled if not row.over]
     return [
         "## Operators with a rule of their own",
@@ -161,15 +171,11 @@ def _tables(report: Report) -> list[str]:
     ]
 
 
-def _rows(rows: dict[Any, Row]) -> Sequence[str]:
+def _rows(rows: dict[str, Row]) -> Sequence[str]:
     def cells(row: Row) -> Iterable[str]:
-        return map(str, (row.samples, row.tried, row.accepted, row.validated, row.over))
+        return map(str, (row.samples, row.tried, row.accepted, row.validated, f"{row.over}/{row.asked}"))
 
-    return sorted(f"| `{_name(func)}` | {' | '.join(cells(row))} |" for func, row in rows.items())
-
-
-def _name(func: Any) -> str:
-    return str(func).removeprefix("aten.").removesuffix(".default") if hasattr(func, "_schema") else func.__name__
+    return sorted(f"| `{name}` | {' | '.join(cells(row))} |" for name, row in rows.items())
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ RUN = 3
 """Of those that are accepted, how many are run; and as many on two axes."""
 
 ASKED = 6
-"""Of those that are refused, how many are searched for a layout that would be sound."""
+"""Of those that are refused, how many are searched for a layout that would be sound; in the first draw only."""
 
 
 RAISES = "a rank cannot run it"
@@ -38,6 +38,8 @@ RAISES = "a rank cannot run it"
 class Row:
     """One ATen operator's counts."""
 
+    rule: str = ""
+    """"own", or "tag" where torch's tag makes it pointwise; nothing where the typing does not know it."""
     samples: int = 0
     """Samples that call it with some operand split or pending."""
     tried: int = 0
@@ -47,8 +49,10 @@ class Row:
     """Accepted calls of programs that all ranks ran, values and gradients agreeing with the whole's."""
     sound: int = 0
     """Refused calls for which some layout of the results is sound; an upper bound, and of those asked only."""
+    asked: int = 0
+    """Samples of the draw in which refusals were asked."""
     over: int = 0
-    """Samples of which every call was refused although some layout was sound."""
+    """Of those asked, the ones of which every call was refused although some layout was sound."""
 
 
 @frozen
@@ -65,7 +69,8 @@ class Wrong:
 class Report:
     """Counts of one or several runs."""
 
-    rows: dict[Any, Row] = field(factory=dict)
+    rows: dict[str, Row] = field(factory=dict)
+    """ATen operator -> its counts."""
     wrong: list[Wrong] = field(factory=list)
     names: set[str] = field(factory=set)
     """`op_db`'s operators of which a sample was recorded."""
@@ -81,7 +86,26 @@ class Report:
 
     def row(self, func: Any) -> Row:
         """An operator's counts."""
-        return self.rows.setdefault(func, Row())
+        rule = "own" if func in RULES else "tag" if is_pointwise(func) else ""
+        return self.rows.setdefault(aten_name(func), Row(rule=rule))
+
+    def add(self, other: "Report") -> None:
+        """Another draw's counts as well."""
+        for name, row in other.rows.items():
+            mine = self.rows.setdefault(name, Row(rule=row.rule))
+            for count in ("samples", "tried", "accepted", "validated", "sound", "over", "asked"):
+                setattr(mine, count, getattr(mine, count) + getattr(row, count))
+        for count in ("typed", "accepted", "validated", "owing"):
+            setattr(self, count, getattr(self, count) + getattr(other, count))
+        self.wrong += other.wrong
+        self.names |= other.names
+        self.unruled |= other.unruled
+        self.skipped = other.skipped | self.skipped
+
+
+def aten_name(func: Any) -> str:
+    """An operator's name as the reports have it: `add.Tensor`, `relu`."""
+    return str(func).removeprefix("aten.").removesuffix(".default") if hasattr(func, "_schema") else func.__name__
 
 
 def has_rule(func: Any) -> bool:
@@ -154,6 +178,7 @@ class _Trials:
         for func in self.met:
             row = self.report.row(func)
             row.samples += 1
+            row.asked += self.seed == 0
             row.over += func in self.sound and func not in self.passed
 
     def _on_two_axes(self, accepted: list[tuple[int, Layouts]]) -> None:
@@ -180,7 +205,7 @@ class _Trials:
             if position in attempt.typed.consumed:
                 row.accepted += 1
                 self.passed.add(node.func)
-        for issue in attempt.inference.issues if len(mesh.shape) == 1 else ():
+        for issue in attempt.inference.issues if len(mesh.shape) == 1 and self.seed == 0 else ():
             self._ask(issue, mesh)
         return attempt
 

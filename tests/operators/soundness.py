@@ -54,12 +54,12 @@ def some_layout_is_sound(issue: Issue, inputs: Sequence[Tensor], sizes: dict[str
         }
     except (RuntimeError, IndexError, ValueError, TypeError):
         return False
-    if any(len(outs) != len(whole) for outs in made.values()):
+    if not whole or any(len(outs) != len(whole) for outs in made.values()):
         return False
     fixed = typed.layout(refs[0].index) if writes(node.func) else None
     if fixed is not None and (len(whole) > 1 or whole[0].shape != values[refs[0].index].shape):
         return False
-    return bool(whole) and all(
+    return all(
         any(
             _holds({at: outs[number] for at, outs in made.items()}, result, layout, sizes)
             for layout in _candidates(result, sizes, fixed)
@@ -119,7 +119,7 @@ def _holds(ranks: Ranks, result: Tensor, layout: Layout, sizes: dict[str, int]) 
         return False
     if (kinds & {MAX, MIN} and result.is_complex()) or (AVG in kinds and not result.is_floating_point()):
         return False
-    if kinds and result.dtype in (torch.bool, torch.complex32, torch.uint64):
-        return False  # torch does not add them
+    if result.dtype in (torch.complex32, torch.uint64) or (kinds and result.dtype is torch.bool):
+        return False  # torch does not index or add them
     tolerance = 1e-9 if result.is_floating_point() or result.is_complex() else 0.0
     return not difference(ranks, result, layout, sizes, tolerance=tolerance)
