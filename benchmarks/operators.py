@@ -26,8 +26,10 @@ from tests.operators.samples import op_db
 
 OUT = Path("docs/operators.md")
 ORACLES = (by_fuzz, by_op_db, by_program, by_dry_run)
+FUZZES = 8
+"""Parts of the fuzz."""
 FUZZ_START = 1000
-"""The first seed: those below are the test suite's."""
+"""The first seed of the first part, and how far the others are apart: those below are the test suite's."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,13 +44,16 @@ def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     began, report = time.monotonic(), Report()
     draws = [(seed, options.samples) for seed in range(options.seeds)]
+    fuzzes = [(-(-options.trials // FUZZES), FUZZ_START * (part + 1)) for part in range(FUZZES)]
+    fuzzed = Fuzz()
     with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
         for seed, drawn in enumerate(pool.imap(draw, draws)):
             print(f"seed {seed}: {drawn.validated} validated, {len(drawn.wrong)} wrong", flush=True)
             report.add(drawn)
-    fuzzed = fuzz(options.trials, FUZZ_START)
-    print(f"fuzz: {fuzzed.total} accepted of {fuzzed.trials}, {len(fuzzed.wrong)} wrong", flush=True)
-    caught = {bug: [oracle(bug) for oracle in ORACLES] for bug in PLANTED}
+        for part in pool.starmap(fuzz, fuzzes, chunksize=1):
+            fuzzed.add(part)
+        print(f"fuzz: {fuzzed.total} accepted of {fuzzed.trials}, {len(fuzzed.wrong)} wrong", flush=True)
+        caught = dict(zip(PLANTED, pool.map(oracles, range(len(PLANTED)), chunksize=1), strict=True))
     for wrong in (*report.wrong, *fuzzed.wrong):
         print(f"WRONG {wrong}")
     options.out.write_text(render(report, fuzzed, caught, options.seeds, options.samples))
@@ -62,6 +67,11 @@ def draw(options: tuple[int, int]) -> Report:
     report = Report()
     cover(op_db(), *options, report)
     return report
+
+
+def oracles(bug: int) -> list[str]:
+    """How each oracle sees a planted bug."""
+    return [oracle(PLANTED[bug]) for oracle in ORACLES]
 
 
 def render(report: Report, fuzzed: Fuzz, caught: dict[Planted, list[str]], seeds: int, samples: int) -> str:
@@ -84,8 +94,8 @@ def _summary(report: Report, seeds: int, samples: int) -> list[str]:
         f"{seeds} draws of at most {samples} samples of each of `op_db`'s {len(op_db())} operators in float64, one in",
         "another dtype and two of its in-place form. Each is typed on choices of layouts on one axis (of 2, 3 or 5; at",
         f"most {TYPED} choices on each of two sizes): contiguous, strided and pending. Of those that are accepted",
-        f"{RUN} are run on all ranks, values and gradients compared with the whole's, and as many that join two of them",
-        "on two axes.",
+        f"{RUN} are run on all ranks, values and gradients compared with the whole's, and as many that join two of",
+        "them on two axes.",
         "",
         "| | |",
         "|---|---|",

@@ -153,7 +153,10 @@ class Tracer(TorchDispatchMode):
         if called.get("device") is not None or _is_factory(func):
             called["device"] = torch.device("meta")
         arguments = [_on_meta(arg) for arg in args]
-        out = func(*arguments, **{key: _on_meta(value) for key, value in called.items()})
+        if isinstance(data, torch.Tensor) and torch.Tag.dynamic_output_shape in func.tags:
+            out = torch.empty_like(data, device="meta")
+        else:
+            out = func(*arguments, **{key: _on_meta(value) for key, value in called.items()})
         return self.append(func, _operator_name(func), args, kwargs, out, data)
 
     def append(self, func: Any, name: str, args: Any, kwargs: Any, out: Any, data: Any = None) -> Any:
@@ -487,7 +490,12 @@ def _is_atomic(func: Any) -> bool:
 
 
 def _by_values(func: Any, args: Any) -> bool:
-    """Whether the result's shape depends on values: of a lookup, only where a mask picks the rows."""
+    """Whether the result's shape depends on values: of a lookup, only where a mask picks the rows.
+
+    Of `one_hot`, only where no number of classes is given.
+    """
+    if func is aten.one_hot.default:
+        return len(args) < 2 or args[1] < 0
     if func is aten.index.Tensor:
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     return func is not aten.repeat_interleave.Tensor

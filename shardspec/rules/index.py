@@ -49,6 +49,13 @@ def embedding(call: Call) -> Typed:
     return typed
 
 
+@rule(aten.one_hot.default)
+def one_hot(call: Call) -> Typed:
+    """ids [...] -> [..., classes]; taken whole, for torch's check of the range reads all ids."""
+    lead: list[Label] = list(range(len(call.shape(0))))
+    return unify(call, [lead], [[*lead, "class"]], out_sizes={"class": call.out().shape[-1]})
+
+
 @rule(aten.index.Tensor)
 def index(call: Call) -> Typed:
     """x[..., i, j, ...]: the indexed dims must be whole; the result follows the index."""

@@ -20,10 +20,10 @@ from tests.operators.layouts import Layouts, axis_sizes, choices, joined, rename
 from tests.operators.samples import Sample, samples
 from tests.operators.soundness import some_layout_is_sound
 
-TYPED = 32
+TYPED = 16
 """Choices of layouts that a sample is typed on, on each size of an axis."""
 
-RUN = 3
+RUN = 2
 """Of those that are accepted, how many are run; and as many on two axes."""
 
 ASKED = 6

@@ -23,6 +23,13 @@ class Fuzz:
         """Trials that the rules accepted."""
         return sum(self.accepted.values())
 
+    def add(self, other: "Fuzz") -> None:
+        """Another run's counts as well."""
+        self.trials += other.trials
+        self.wrong += other.wrong
+        for name, count in other.accepted.items():
+            self.accepted[name] = self.accepted.get(name, 0) + count
+
 
 def fuzz(accepted: int, start: int = 0, cases: Sequence[Case] = CASES) -> Fuzz:
     """Try every case in turn, from seed `start` on, until so many trials were accepted."""
