@@ -12,7 +12,11 @@ from torch import Tensor
 
 import shardspec as ss
 from shardspec.dryrun import dry_run
+from shardspec.kin import Kin
 from shardspec.rules.operator import RULES, OperatorRule
+from shardspec.rules.parse import Sizes, parse_table
+from shardspec.stages import Claims
+from shardspec.survey import survey
 from shardspec.testing.bruteforce import as_model, record_operator, type_layouts
 from tests.operators import wrong
 from tests.operators.cases import CASES
@@ -65,6 +69,8 @@ def planted(bug: Planted) -> Iterator[None]:
     finally:
         RULES[bug.target] = right
 
+
+NO_TABLE = parse_table(ss.Rules(params={}, activations={}))[0]
 
 LOUD = (RuntimeError, AssertionError, IndexError, ValueError)
 """What a rank raises on parts that do not fit: the bug is seen, though not by a value."""
@@ -136,8 +142,9 @@ def _attempts(bug: Planted, *, simulate: bool) -> Iterator[str]:
                     except LOUD:
                         yield RAISED
                 else:
-                    model = as_model(bug.program, inputs)
-                    differences = dry_run(model, attempt.typed, program, dict(attempt.layouts), {}, {}, None)
+                    names, params = survey(as_model(bug.program, inputs)), attempt.inference.params
+                    claims = Claims(NO_TABLE, Kin(), params, {}, Sizes())
+                    differences = dry_run(names, attempt.typed, program, claims, {}, {}, None)
                     yield SHAPES if differences else MISSED
 
 
