@@ -132,7 +132,8 @@ def fourier(call: Call) -> Typed:
 @rule(aten.group_norm.default)
 def group_norm(call: Call) -> Typed:
     """x [b, c, ...], weight and bias [c]: each example by itself, its channels and places whole."""
-    names: list[Label] = ["b", "c", *range(len(call.shape(0)) - 2)][: len(call.shape(0))]
+    every: list[Label] = ["b", "c", *range(len(call.shape(0)) - 2)]
+    names = every[: len(call.shape(0))]
     return unify(call, [names, *[["c"] for _ in call.types[1:]]], [names], whole=names[1:])
 
 

@@ -29,8 +29,15 @@ from shardspec.testing.simulate import Ranks, coordinates, difference, group, ra
 from shardspec.tracing import HostRead
 from shardspec.typecheck import OPERATOR_FAMILIES  # pyright: ignore[reportUnusedImport]  # noqa: F401
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
-TOLERANCE |= {torch.complex128: 1e-9, torch.complex64: 1e-4, torch.complex32: 0.01}
+TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.bfloat16: 0.05,
+    torch.float16: 0.01,
+    torch.complex128: 1e-9,
+    torch.complex64: 1e-4,
+    torch.complex32: 0.01,
+}
 
 
 @frozen(kw_only=True)
