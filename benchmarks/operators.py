@@ -1,6 +1,6 @@
-"""The operator rules against brute force, at large: what docs/operators.md says.
+"""The operator rules against brute force, at large: what docs/coverage.md says.
 
-    python -m benchmarks.operators [--out docs/operators.md] [--seeds 5] [--samples 5] [--trials 20000] [--jobs 2]
+    python -m benchmarks.operators [--out docs/coverage.md] [--seeds 5] [--samples 5] [--trials 20000] [--jobs 2]
 
 PyTorch's own `op_db`, its samples laid out in many ways; directed fuzz until so many trials were accepted; and the
 wrong rules that are planted, with the oracles that catch them. Status 1: an acceptance that the ranks do not keep,
@@ -24,7 +24,7 @@ from tests.operators.fuzz import Fuzz, fuzz
 from tests.operators.planted import APART, PLANTED, Planted, by_dry_run, by_fuzz, by_op_db, by_program
 from tests.operators.samples import op_db
 
-OUT = Path("docs/operators.md")
+OUT = Path("docs/coverage.md")
 ORACLES = (by_fuzz, by_op_db, by_program, by_dry_run)
 FUZZES = 8
 """Parts of the fuzz."""

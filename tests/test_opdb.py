@@ -74,7 +74,7 @@ def test_samples_are_the_same_for_the_same_seed():
 
 
 def test_the_fuzz_goes_on_where_the_trials_stop():
-    """The recorded part of the 20,000 of docs/operators.md, on seeds that no other test draws."""
+    """The recorded part of the 20,000 of docs/coverage.md, on seeds that no other test draws."""
     found = fuzz(accepted=300, start=500)
     assert not found.wrong
     assert found.total >= 300
