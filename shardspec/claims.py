@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from attrs import evolve
+
 from shardspec.diagnostics import Diagnostic
 from shardspec.infer import absolute, graphs
 from shardspec.kin import Kin, apart
@@ -11,7 +13,7 @@ from shardspec.mesh import Mesh
 from shardspec.program import Block, Graph, Program
 from shardspec.rules.fit import check_rank, layout_of, learn_sizes
 from shardspec.rules.match import assign, idle_batch_axes
-from shardspec.rules.parse import Entry, ParamClaim, Sizes, Storage, Table
+from shardspec.rules.parse import Entry, ParamClaim, Sizes, Storage, Table, change
 from shardspec.survey import Survey, View
 
 
@@ -150,9 +152,24 @@ def match_points(
         else:
             fits.append((name, entry, shapes[name]))
     more, conflicts = learn_sizes(fits, sizes.known, sizes.place)
-    idle = idle_batch_axes({name: claimed[name] for name in entries if name in claimed}, mesh)
-    found += [*wrong.values(), *conflicts, *idle]
+    ruled = {name: claimed[name] for name in entries if name in claimed}
+    found += [*wrong.values(), *conflicts, *idle_batch_axes(ruled, mesh), *_pending_entries(ruled, mesh)]
     if not found:
         sizes.known.update(more.known)
         sizes.place.update(more.place)
     return claimed, found
+
+
+def _pending_entries(ruled: Mapping[str, Entry], mesh: Mesh) -> Iterable[Diagnostic]:
+    """SS306 for a batch entry that is declared pending: what is read is complete, on every rank."""
+    for entry in dict.fromkeys(ruled.values()):
+        axes = [axis for axis in entry.spec.pending if mesh[axis] > 1]
+        if axes:
+            name = next(name for name, own in ruled.items() if own is entry)
+            yield Diagnostic(
+                code="SS306",
+                what=f"batch entry {name} cannot become {entry.rule.value}",
+                why=f"each rank reads it complete: summed over {axes[0]}, it would be counted {mesh[axes[0]]} times",
+                locations=(entry.location,),
+                hints=(change(entry, evolve(entry.spec, pending=())),),
+            )
