@@ -43,10 +43,15 @@ class Attempt:
         return told
 
     def _best(self, diagnostic: Diagnostic, before: set[Any]) -> list[tuple[str, set[Any]]]:
-        """The fixes that mend most; one that leaves no mistake must pass the later stages too."""
+        """The fixes that mend most; one that leaves no mistake must pass the later stages too.
+
+        What the first mends is told once: one that mends less would leave a mistake that nobody was told of.
+        """
         best: list[tuple[str, set[Any]]] = []
         for text, mends, edit in sorted(self._passing(diagnostic, before), key=lambda fix: -len(fix[1])):
-            if len(best) < MOST_FIXES and (mends < before or self._confirmed(edit)):
+            if len(best) == MOST_FIXES or (best and not mends >= best[0][1]):
+                continue
+            if mends < before or self._confirmed(edit):
                 best.append((text, mends))
         return best
 
