@@ -38,6 +38,8 @@ sweep: $(READY)
 	$(PY) -m benchmarks.sweep
 	$(PY) -m benchmarks.gallery
 	$(PY) -m benchmarks.operators
+	$(PY) -m benchmarks.mutations
+	$(PY) -m benchmarks.legal
 
 bench: $(READY)
 	$(PY) -m benchmarks.bench
