@@ -48,12 +48,18 @@ class Attempt:
         What the first mends is told once: one that mends less would leave a mistake that nobody was told of.
         """
         best: list[tuple[str, set[Any]]] = []
-        for text, mends, edit in sorted(self._passing(diagnostic, before), key=lambda fix: -len(fix[1])):
-            if len(best) == MOST_FIXES or (best and not mends >= best[0][1]):
-                continue
-            if mends < before or self._confirmed(edit):
+        partial: list[tuple[str, set[Any]]] = []
+        for text, mends, edit in self._passing(diagnostic, before):
+            if mends < before:
+                partial.append((text, mends))
+            elif self._confirmed(edit):
                 best.append((text, mends))
-        return best
+                if len(best) == MOST_FIXES:  # none mends more: the other hints need not be tried
+                    return best
+        most = max(partial, key=lambda fix: len(fix[1]), default=None)
+        if best or most is None:
+            return best
+        return [most, *(fix for fix in partial if fix is not most and fix[1] >= most[1])][:MOST_FIXES]
 
     def _confirmed(self, edit: RuleEdit | None) -> bool:
         return edit is None or self.confirm(self._edited(edit), self.mesh)
@@ -81,7 +87,8 @@ class Attempt:
         return {identity(each) for each in merged(self.check(rules, mesh))}
 
 
-MOST_FIXES = 3
+MOST_FIXES = 2
+"""Fixes told of one mistake: each is a compilation of its own."""
 
 
 def identity(diagnostic: Diagnostic) -> Any:

@@ -10,7 +10,7 @@ import shardspec as ss
 from models import gpt2, llama, vit
 from models.gpt2.rules import WITHOUT_SP as GPT2_WITHOUT_SP
 from models.llama.rules import WITHOUT_SP as LLAMA_WITHOUT_SP
-from shardspec.claims import survey
+from shardspec.survey import survey
 from shardspec.compiler import Compiler
 
 
