@@ -49,7 +49,7 @@ def render(found: list[Agreement], world: int) -> str:
 
 
 def row(each: Agreement) -> str:
-    facts = "; ".join(each.facts)
+    facts = "; ".join(each.facts).replace("|", "\\|")
     wrong = ", ".join(each.disagreements) or "0"
     return f"| {each.family} | {each.family.rows} | {each.meshes} | {each.legal} | {wrong} | {facts} |"
 
