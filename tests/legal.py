@@ -10,8 +10,8 @@ import shardspec as ss
 from models import gpt2, llama, vit
 from models.gpt2.rules import WITHOUT_SP as GPT2_WITHOUT_SP
 from models.llama.rules import WITHOUT_SP as LLAMA_WITHOUT_SP
-from shardspec.survey import survey
 from shardspec.compiler import Compiler
+from shardspec.survey import survey
 
 
 @attrs.frozen(eq=False)
