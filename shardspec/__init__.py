@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from shardspec.policy import Policy
     from shardspec.rules.table import Rules
     from shardspec.runtime.optim import Optimizer, adamw, sgd
+    from shardspec.runtime.restore import restore
+    from shardspec.runtime.save import save
     from shardspec.runtime.sharded import Sharded, full, shard
     from shardspec.runtime.state import NonFiniteError, OptState, TrainState
     from shardspec.runtime.step import eval_step, train_step, update
@@ -43,6 +45,8 @@ __all__ = [
     "full",
     "name",
     "register_rule",
+    "restore",
+    "save",
     "sgd",
     "shard",
     "train_step",
@@ -59,6 +63,8 @@ _NAMES = {
     "shardspec.policy": "Policy",
     "shardspec.rules.table": "Rules",
     "shardspec.runtime.optim": "Optimizer adamw sgd",
+    "shardspec.runtime.restore": "restore",
+    "shardspec.runtime.save": "save",
     "shardspec.runtime.sharded": "Sharded full shard",
     "shardspec.runtime.state": "NonFiniteError OptState TrainState",
     "shardspec.runtime.step": "eval_step train_step update",

@@ -538,6 +538,38 @@ Make states with `sharded.init`, `sharded.load` or `ss.restore`; `ss.restore` re
 other.""",
     ),
     CodeEntry(
+        code="SS408",
+        title="a checkpoint of something else",
+        explanation="""\
+A checkpoint holds parameters, persistent buffers and the optimizer's state by their global names. What is restored
+must have the same names, shapes and dtypes, on whatever mesh; nothing is cast, left out or made up. All entries
+that are missing, surplus or of another shape or dtype are listed. An optimizer of another kind cannot go on from
+the state of the one that was saved; one with other options of the same kind can.
+Shard the model that was saved, with the parameters frozen that were frozen then, and give the optimizer of that
+run.""",
+        wrong="ss.restore(sharded, path, optimizer=ss.sgd(lr=0.1))      # the run had ss.adamw",
+        right="ss.restore(sharded, path, optimizer=ss.adamw(lr=schedule))",
+    ),
+    CodeEntry(
+        code="SS409",
+        title="no checkpoint, or a damaged one",
+        explanation="""\
+A folder is a checkpoint when it has a manifest.json, which is written last and states the length and the sum of
+every file. `ss.save` writes beside the folder's name and renames, so that a killed run leaves the checkpoint before.
+Here there is none by this name, or files are not what was written: they are named. A file that was cut short or
+changed would restore in silence to something else.
+Give the folder that was given to `ss.save`; restore an earlier one where this one is damaged.""",
+    ),
+    CodeEntry(
+        code="SS410",
+        title="a state or a place that cannot be saved",
+        explanation="""\
+A save replaces a checkpoint and nothing else: a folder with other things in it is left alone. The place must be
+writable, and the same folder on every rank. An optimizer's state may be any nest of dicts, lists and tuples whose
+leaves are numbers or tensors; a tensor is saved as a parameter is where it has the name and shape of one, and must
+else be the same on every rank.""",
+    ),
+    CodeEntry(
         code="SS421",
         title="a step that fails while it runs",
         explanation="""\

@@ -68,6 +68,27 @@ def exchange(world: int, mine: Any) -> list[Any]:
     return every
 
 
+def on_first(world: int, attempt: Callable[[], T]) -> T:
+    """Run on rank 0 what one rank does for all, and give every rank the result; the others wait for it.
+
+    Raises:
+        ShardingError: rank 0's, on every rank.
+    """
+    if world == 1:
+        return attempt()
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [(True, attempt())]
+        except ShardingError as error:
+            outcome = [(False, error)]
+    dist.broadcast_object_list(outcome, src=0)
+    fine, value = outcome[0]
+    if not fine:
+        raise value
+    return value
+
+
 def check_same(what: str, every: Sequence[Mapping[str, str]]) -> None:
     """SS403 where a rank says something else than rank 0."""
     for rank, said in enumerate(every):

@@ -31,6 +31,18 @@ def gather(tensor: Tensor) -> Tensor:
     return local
 
 
+def positions(tensor: DTensor) -> tuple[Tensor, ...]:
+    """The positions in the whole, dim by dim, of what this rank holds of a DTensor that is nowhere pending."""
+    index = [torch.arange(length) for length in tensor.shape]
+    place = tensor.device_mesh.get_coordinate()
+    assert place is not None, "the rank belongs to the tensor's mesh"
+    for mine, rows in zip(place, _rows(tensor), strict=True):
+        if rows is not None:
+            dim, every, _ = rows
+            index[dim] = index[dim][every[mine]]
+    return tuple(index)
+
+
 def _rows(tensor: DTensor) -> list[tuple[int, list[Tensor], int] | None]:
     """For each mesh dim: the tensor dim it splits, the positions that each of its ranks holds in what the mesh dims
     before it left, and how long that is; None where it splits nothing."""

@@ -30,6 +30,7 @@ class Optimizer:
     included, where the 0-dim float32 `found_inf` is 1. No host sync.
     `check(names)` refuses groups that do not fit the names of *all* the model's trainable parameters
     (`init` sees one pipeline stage's). `lr(step)` is the rate to report.
+    `name` and `options` say how it was made, for a checkpoint's manifest; `rebuild` reads them.
     """
 
     init: Callable[[Tensors], OptState]
@@ -37,6 +38,8 @@ class Optimizer:
     apply_: Callable[..., None] | None = None
     check: Callable[[Iterable[str]], None] | None = None
     lr: Callable[[int], float] | None = None
+    name: str = ""
+    options: Mapping[str, Any] | None = attrs.field(default=None, repr=False)
 
 
 def adamw(
@@ -52,7 +55,7 @@ def adamw(
     whole name, to the options that replace the ones given here.
     """
     options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-    return _build(options, groups, lambda _: ("exp_avg", "exp_avg_sq"), _run_adamw)
+    return _build("adamw", options, groups, lambda _: ("exp_avg", "exp_avg_sq"), _run_adamw)
 
 
 def sgd(
@@ -64,7 +67,20 @@ def sgd(
 ) -> Optimizer:
     """SGD as `torch.optim.SGD(fused=True)` computes it; `lr` and `groups` as for `adamw`."""
     options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-    return _build(options, groups, lambda o: ("momentum_buffer",) if o["momentum"] else (), _run_sgd)
+    return _build("sgd", options, groups, lambda o: ("momentum_buffer",) if o["momentum"] else (), _run_sgd)
+
+
+def rebuild(name: str, options: Mapping[str, Any]) -> Optimizer:
+    """The optimizer of a name and options that JSON has held.
+
+    Raises:
+        ValueError: for those that this version does not have.
+    """
+    builders: dict[str, Callable[..., Optimizer]] = {"adamw": adamw, "sgd": sgd}
+    try:
+        return builders[name](**options)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"there is no optimizer {name}({', '.join(options)})") from error
 
 
 def _run_adamw(
@@ -129,6 +145,7 @@ def _run_sgd(
 
 
 def _build(
+    kind: str,
     defaults: Options,
     groups: Groups | None,
     slots_of: Callable[[Options], tuple[str, ...]],
@@ -191,7 +208,8 @@ def _build(
         apply_(new_params, grads, new_state, step)
         return new_params, new_state
 
-    return Optimizer(init, update, apply_, check, functools.partial(_rate, defaults))
+    options = {**defaults, "groups": None if groups is None else {key: dict(value) for key, value in groups.items()}}
+    return Optimizer(init, update, apply_, check, functools.partial(_rate, defaults), kind, options)
 
 
 def _merge(defaults: Options, groups: Groups) -> dict[str, Options]:

@@ -52,6 +52,8 @@ class Sharded:
         self.specs: Specs = self._specs()
         self.buffers: dict[str, Tensor] = self.local.held_buffers()
         """What persistent buffers are in a new state."""
+        self.optimizer: Optimizer | None = None
+        """What the last state was made with."""
         self.wiring = Wiring(self.fabric)
         self.notices = Notices.of_world(default_store() if world > 1 else None, self.fabric.rank, world)
         self.programs: dict[Any, Plan] = {}
@@ -224,7 +226,7 @@ class Sharded:
                 locals_[name] = self._initial(name, seed, init or {})
             except (NotReplayable, LookupError) as error:
                 without[name] = str(error.args[-1] if isinstance(error, LookupError) else error)
-        settle([*problems, *_without_values(without | self._hollow_buffers())])
+        settle([*problems, *without_values(without | self.hollow_buffers())])
         agree(self.mesh.world, "the state", lambda: (None, {"seed": str(seed)}))
         return self.state(locals_, optimizer, seed)
 
@@ -251,7 +253,7 @@ class Sharded:
             target.copy_(value)
         return target
 
-    def _hollow_buffers(self) -> dict[str, str]:
+    def hollow_buffers(self) -> dict[str, str]:
         hollow = [name for name, buffer in self.module.named_buffers() if buffer.device.type == "meta"]
         return dict.fromkeys(hollow, "the buffer is on meta, and a buffer is not initialised")
 
@@ -276,28 +278,40 @@ class Sharded:
             part = local_part(whole, self.params[name].layout, self.fabric.coordinate, self.mesh)
             self.buffers[name] = part.detach().to(self.fabric.device, copy=True)
         self.local.lend_buffers(self.buffers)
-        settle(_without_values(self._hollow_buffers()))
+        settle(without_values(self.hollow_buffers()))
         locals_ = {name: self._initial(name, seed, {}) for name in self.local.params}
         return self.state(locals_, optimizer, seed)
 
     def state(self, locals_: dict[str, Tensor], optimizer: Optimizer | None, seed: int) -> TrainState:
         """A state of step 0 over local tensors."""
-        trained = {name: local for name, local in locals_.items() if self.params[name].trained}
-        optimizer = None if optimizer is None else as_optimizer(optimizer)
-        if optimizer is not None and optimizer.check is not None:
-            try:
-                optimizer.check(trained)
-            except ValueError as error:
-                refuse("SS407", str(error), why=f"the model trains {', '.join(dict.fromkeys(map(fold, trained)))}")
-        opt = None if optimizer is None else OptState(optimizer, optimizer.init(trained), self.specs)
         return TrainState(
             step=0,
             rng=seed,
             home=self,
             params=Store(locals_, self.specs),
             buffers=Store(dict(self.buffers), self.specs),
-            opt=opt,
+            opt=None if optimizer is None else self.opt_state(locals_, optimizer),
         )
+
+    def opt_state(self, locals_: Mapping[str, Tensor], optimizer: Optimizer) -> OptState:
+        """An optimizer's first state over local tensors.
+
+        Raises:
+            ShardingError: SS407 for what is no optimizer, or one whose groups do not fit the model's names.
+        """
+        optimizer = as_optimizer(optimizer)
+        trained = [
+            name for name, plan in self.params.items() if plan.first == name and plan.trained and not plan.buffer
+        ]
+        if optimizer.check is not None:
+            try:
+                optimizer.check(trained)
+            except ValueError as error:
+                refuse("SS407", str(error), why=f"the model trains {', '.join(dict.fromkeys(map(fold, trained)))}")
+        self.optimizer = optimizer
+        raw = optimizer.init({name: local for name, local in locals_.items() if self.params[name].trained})
+        shapes = {name: tuple(local.shape) for name, local in locals_.items()}
+        return OptState(optimizer, raw, self.specs, shapes)
 
     def state_dict(self, state: TrainState) -> dict[str, Tensor]:
         """FQN -> whole tensor on the CPU, for parameters (under all their names) and persistent buffers.
@@ -403,7 +417,7 @@ def _seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest(), "big")
 
 
-def _without_values(found: Mapping[str, str]) -> Iterator[Diagnostic]:
+def without_values(found: Mapping[str, str]) -> Iterator[Diagnostic]:
     """SS406 for names without values, once a reason."""
     for why in dict.fromkeys(found.values()):
         names = [name for name, reason in found.items() if reason == why]

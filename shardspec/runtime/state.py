@@ -66,6 +66,8 @@ class OptState:
     raw: Any = field(repr=False)
     """As the optimizer sees it: a nest of local tensors."""
     specs: Specs = field(repr=False, factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False, factory=dict)
+    """The shape of this rank's part of each parameter."""
     stores: list[Store] = field(factory=list, repr=False)
 
     @property
@@ -79,14 +81,19 @@ class OptState:
     def __iter__(self) -> Iterator[str]:
         return iter(self.raw)
 
+    def belongs(self, name: Any, value: Any) -> bool:
+        """Whether a value by that name has an element for each one of a parameter, and so lies as it does."""
+        return name in self.shapes and isinstance(value, Tensor) and tuple(value.shape) == self.shapes[name]
+
     def _wrap(self, tree: Any) -> Any:
+        if isinstance(tree, (list, tuple)):
+            items = [self._wrap(item) for item in tree]
+            return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
         if not isinstance(tree, dict):
             return tree
-        if tree and all(name in self.specs and isinstance(value, Tensor) for name, value in tree.items()):
-            store = Store(tree, self.specs)
-            self.stores.append(store)
-            return store.view()
-        return {key: self._wrap(value) for key, value in tree.items()}
+        store = Store({name: value for name, value in tree.items() if self.belongs(name, value)}, self.specs)
+        self.stores.append(store)
+        return {key: self._wrap(value) for key, value in tree.items()} | store.view()
 
     def poison(self) -> None:
         """Have every view that was handed out raise."""
@@ -166,6 +173,29 @@ class TrainState:
         """The optimizer's state."""
         return self.live().opt
 
+    def with_params(self, params: Mapping[str, Tensor]) -> "TrainState":
+        """The state with other parameters, such as an average, and without an optimizer: to evaluate and to export.
+
+        What is given may be this state's own; a later step that consumes this state leaves the new one as it is.
+
+        Raises:
+            ShardingError: SS407 for a missing or unknown name, or one that lies otherwise than the plan says.
+        """
+        held = self.live()
+        own = {local.untyped_storage().data_ptr() for local in held.params.locals.values()}
+        found = {
+            name: local.clone() if local.untyped_storage().data_ptr() in own else local
+            for name, local in self.home.locals_of(params).items()
+        }
+        return TrainState(
+            step=self.step,
+            rng=self.rng,
+            home=self.home,
+            params=Store(found, held.params.specs),
+            buffers=Store(held.buffers.locals, held.buffers.specs),
+            opt=None,
+        )
+
     def check_finite(self) -> None:
         """Tell, once, that the step which made the state was not finite.
 
@@ -198,7 +228,8 @@ def copy_tree(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: copy_tree(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(copy_tree(value) for value in tree)
+        items = [copy_tree(value) for value in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return tree
 
 
