@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from shardspec.diagnostics import refuse
 from shardspec.placement import local_index
+from shardspec.rules.match import folded
 from shardspec.runtime.agreement import exchange
 from shardspec.runtime.gather import positions
 from shardspec.runtime.pieces import Piece, entry, leaves
@@ -29,7 +30,7 @@ class Contents:
     pieces: dict[str, Piece]
     values: dict[str, Any] = field(factory=dict)
     """Python numbers."""
-    common: frozenset[str] = frozenset()
+    common: tuple[str, ...] = ()
     """The tensors that are said to be the same on every rank, and not by a table."""
 
 
@@ -44,7 +45,7 @@ def contents(
     pieces = {entry("params", name): in_global_order(home, name, local) for name, local in params.items()}
     pieces |= {entry("buffers", name): in_global_order(home, name, local) for name, local in buffers.items()}
     values: dict[str, Any] = {}
-    common: set[str] = set()
+    common: list[str] = []
     for path, leaf in leaves(None if opt is None else opt.raw):
         name = entry("optimizer", *path)
         if opt is None:
@@ -59,7 +60,7 @@ def contents(
             pieces[name] = in_global_order(home, path[-1], leaf)
         elif isinstance(leaf, Tensor):
             pieces[name] = Piece.whole(leaf)
-            common.add(name)
+            common.append(name)
         elif isinstance(leaf, SCALAR):
             values[name] = leaf
         else:
@@ -68,7 +69,7 @@ def contents(
                 f"{name} is a {type(leaf).__name__}, which a checkpoint cannot hold",
                 why="an optimizer's state is a nest of dicts, lists and tuples of tensors and numbers",
             )
-    return Contents(pieces=pieces, values=values, common=frozenset(common))
+    return Contents(pieces=pieces, values=values, common=tuple(common))
 
 
 def in_global_order(home: Sharded, name: str, local: Tensor) -> Piece:
@@ -86,17 +87,23 @@ def merged(world: int, contents: Contents) -> dict[str, Any]:
 
 
 def _union(every: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all ranks say together; SS410 that names what they say differently."""
     found: dict[str, Any] = {}
+    differ: dict[str, int] = {}
     for rank, said in enumerate(every):
         for name, value in said.items():
             if repr(found.setdefault(name, value)) != repr(value):
-                refuse(
-                    "SS410",
-                    f"{name} is another value on rank {rank} than on the ranks before it",
-                    why="it has not the shape of a parameter's part: it is neither the parts of one tensor, as a "
-                    "parameter's are, nor the same on every rank",
-                    advice=("keep in an optimizer's state what is elementwise, or reduced over all ranks",),
-                )
+                differ.setdefault(name, rank)
+    if differ:
+        first, rank = next(iter(differ.items()))
+        refuse(
+            "SS410",
+            f"{first} is another value on rank {rank} than on the ranks before it",
+            why="it has not the shape of a parameter's part: it is neither the parts of one tensor, as a parameter's "
+            "are, nor the same on every rank",
+            matches=", ".join(folded(differ)),
+            advice=("keep in an optimizer's state what is elementwise, or reduced over all ranks",),
+        )
     return found
 
 

@@ -67,15 +67,15 @@ def _sum(kept: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a complete checkpoint.
+def read_manifest(folder: Path, said_path: str) -> Manifest:
+    """The manifest of a complete checkpoint, which a user knows by `said_path`.
 
     Raises:
         ShardingError: SS409 for one that is damaged, or that another version of the format has written.
     """
-    place = folder / MANIFEST
+    place = f"{said_path}/{MANIFEST}"
     try:
-        kept = json.loads(place.read_bytes())
+        kept = json.loads((folder / MANIFEST).read_bytes())
         said = kept.pop("sum", None)
         if kept.get("format") == FORMAT:
             manifest = cattrs.Converter(forbid_extra_keys=True).structure(kept, Manifest)
@@ -107,12 +107,12 @@ def damage(folder: Path, files: Mapping[str, File]) -> Iterator[str]:
         try:
             found = measure(folder / name)
         except OSError as error:
-            yield f"{folder / name}: {error.strerror}"
+            yield f"{name}: {error.strerror}"
             continue
         if found.bytes != expected.bytes:
-            yield f"{folder / name}: {found.bytes} bytes, {expected.bytes} were written"
+            yield f"{name}: {found.bytes} bytes, {expected.bytes} were written"
         elif found != expected:
-            yield f"{folder / name}: its contents are not what was written"
+            yield f"{name}: its contents are not what was written"
 
 
 def misfits(manifest: Manifest, wanted: Mapping[str, Entry], place: str) -> Iterator[Diagnostic]:

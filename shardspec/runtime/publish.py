@@ -78,9 +78,7 @@ def publish(folder: Path, manifest: str) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, its manifest first: what is half gone is not taken for a checkpoint."""
     if folder.is_dir():
-        (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import frozen
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
@@ -20,13 +21,24 @@ from shardspec.runtime.contents import Contents, contents
 from shardspec.runtime.manifest import Entry, Manifest, damage, misfit, misfits, read_manifest, surplus
 from shardspec.runtime.optim import Optimizer, rebuild
 from shardspec.runtime.pieces import PieceLoader, entry, leaves, with_leaves
-from shardspec.runtime.publish import locate
+from shardspec.runtime.publish import MANIFEST, locate
 from shardspec.runtime.save import alone, written
 from shardspec.runtime.sharded import Sharded, without_values
 from shardspec.runtime.state import OptState, Store, TrainState
 
 ATTEMPTS = 5
 """How often a checkpoint is read again that another run replaces meanwhile."""
+
+
+@frozen(kw_only=True)
+class Checkpoint:
+    """A complete checkpoint."""
+
+    name: str
+    """As the user wrote it."""
+    place: Path
+    """Where it lies: beside its name where a save was killed that replaced it."""
+    manifest: Manifest
 
 
 def restore(sharded: Sharded, path: str | os.PathLike[str], optimizer: Optimizer | None = None) -> TrainState:
@@ -46,16 +58,16 @@ def restore(sharded: Sharded, path: str | os.PathLike[str], optimizer: Optimizer
     world = sharded.mesh.world
     agree(world, "the restore", lambda: (None, {"path": written(path)}))
     for _ in range(ATTEMPTS):
-        place, manifest = where = on_first(world, lambda: _find(path))
+        checkpoint = on_first(world, lambda: _find(path))
         problem: ShardingError | None = None
         state: TrainState | None = None
         try:
-            _check_files(world, sharded.fabric.rank, place, manifest)
-            state = _restored(sharded, place, manifest, optimizer)
+            _check_files(world, sharded.fabric.rank, checkpoint)
+            state = _restored(sharded, checkpoint, optimizer)
         except ShardingError as error:
             problem = error
         # Another run may have replaced what was read, or half of it: then nothing of it counts.
-        if on_first(world, lambda: _find(path)) == where:
+        if on_first(world, lambda: _find(path)) == checkpoint:
             if problem is not None:
                 raise problem
             assert state is not None, "a state is restored or a reason is given"
@@ -63,47 +75,47 @@ def restore(sharded: Sharded, path: str | os.PathLike[str], optimizer: Optimizer
     return refuse("SS409", f"{written(path)} was replaced {ATTEMPTS} times while it was read")
 
 
-def _find(path: str | os.PathLike[str]) -> tuple[Path, Manifest]:
-    """The complete checkpoint that goes by a name, and what it says of itself."""
+def _find(path: str | os.PathLike[str]) -> Checkpoint:
+    """The complete checkpoint that goes by a name."""
     folder = Path(os.path.realpath(path))
     place = locate(folder)
     if place is None:
-        kind = "holds no complete checkpoint" if folder.is_dir() else "is no folder" if folder.exists() else "is absent"
-        refuse(
-            "SS409",
-            f"there is no checkpoint {os.fspath(path)}",
-            why=f"{kind}: a folder that ss.save has finished has a manifest.json",
-        )
-    return place, read_manifest(place)
+        why = "nothing has that name"
+        if folder.exists():
+            why = f"it has no {MANIFEST}, which ss.save writes last" if folder.is_dir() else "it is no folder"
+        refuse("SS409", f"there is no checkpoint {written(path)}", why=why)
+    return Checkpoint(name=written(path), place=place, manifest=read_manifest(place, written(path)))
 
 
-def _check_files(world: int, rank: int, place: Path, manifest: Manifest) -> None:
+def _check_files(world: int, rank: int, checkpoint: Checkpoint) -> None:
     """SS409 that names every damaged file; each rank reads its share of them."""
-    names = sorted(manifest.files)[rank::world]
-    mine = list(damage(place, {name: manifest.files[name] for name in names}))
+    files = checkpoint.manifest.files
+    mine = list(damage(checkpoint.place, {name: files[name] for name in sorted(files)[rank::world]}))
     lines = mine if world == 1 else [line for part in exchange(world, mine) for line in part]
     if lines:
         count = "a file" if len(lines) == 1 else f"{len(lines)} files"
-        refuse("SS409", f"{count} of the checkpoint cannot be relied on", why="\n".join(sorted(lines)))
+        refuse(
+            "SS409", f"{count} of the checkpoint {checkpoint.name} cannot be relied on", why="\n".join(sorted(lines))
+        )
 
 
-def _restored(sharded: Sharded, place: Path, manifest: Manifest, given: Optimizer | None) -> TrainState:
+def _restored(sharded: Sharded, checkpoint: Checkpoint, given: Optimizer | None) -> TrainState:
     """A state filled from files that were found whole."""
-    world = sharded.mesh.world
+    world, manifest = sharded.mesh.world, checkpoint.manifest
 
     def prepared() -> tuple[tuple[Contents, Callable[[Mapping[str, Any]], TrainState]], Mapping[str, str]]:
-        found, finish = _template(sharded, manifest, given, place)
-        settle(_misfits(found, manifest, place))
+        found, finish = _template(sharded, checkpoint, given)
+        settle(_misfits(found, checkpoint))
         return (found, finish), {}
 
     found, finish = agree(world, "the checkpoint", prepared)
     unasked = [name for name in (*manifest.entries, *manifest.values) if name not in _names(found)]
     every = [unasked] if world == 1 else exchange(world, unasked)
-    settle(surplus(manifest, [name for name in every[0] if all(name in part for part in every)], str(place)))
+    settle(surplus(manifest, [name for name in every[0] if all(name in part for part in every)], checkpoint.name))
     with alone(world), _rereading():
         dcp.load(
             {},
-            storage_reader=dcp.FileSystemReader(place),
+            storage_reader=dcp.FileSystemReader(checkpoint.place),
             planner=PieceLoader(found.pieces),
             no_dist=world == 1,
         )
@@ -126,22 +138,22 @@ def _names(found: Contents) -> set[str]:
     return {*found.pieces, *found.values}
 
 
-def _misfits(found: Contents, manifest: Manifest, place: Path) -> Iterator[Diagnostic]:
+def _misfits(found: Contents, checkpoint: Checkpoint) -> Iterator[Diagnostic]:
     wanted = {
         name: Entry(shape=piece.shape, dtype=str(piece.local.dtype).removeprefix("torch."))
         for name, piece in found.pieces.items()
     }
-    yield from misfits(manifest, wanted, str(place))
-    absent = [f"{name} (a number)" for name in found.values if name not in manifest.values]
+    yield from misfits(checkpoint.manifest, wanted, checkpoint.name)
+    absent = [f"{name} (a number)" for name in found.values if name not in checkpoint.manifest.values]
     if absent:
-        yield misfit(str(place), "does not have {} that the state needs", absent)
+        yield misfit(checkpoint.name, "does not have {} that the state needs", absent)
 
 
 def _template(
-    sharded: Sharded, manifest: Manifest, given: Optimizer | None, place: Path
+    sharded: Sharded, checkpoint: Checkpoint, given: Optimizer | None
 ) -> tuple[Contents, Callable[[Mapping[str, Any]], TrainState]]:
     """What is to be filled, and what makes a state of it when it is; given the Python numbers of the files."""
-    optimizer = _optimizer(sharded, manifest, given, place)
+    optimizer = _optimizer(sharded, checkpoint, given)
     fabric, mesh = sharded.fabric, sharded.mesh
 
     def empty(name: str) -> Tensor:
@@ -160,8 +172,8 @@ def _template(
         sharded.local.lend_buffers(buffers)
         settle(without_values(sharded.hollow_buffers()))
         return TrainState(
-            step=manifest.step,
-            rng=manifest.rng,
+            step=checkpoint.manifest.step,
+            rng=checkpoint.manifest.rng,
             home=sharded,
             params=Store(params, sharded.specs),
             buffers=Store(buffers, sharded.specs),
@@ -188,32 +200,32 @@ def _with_values(opt: OptState, values: Mapping[str, Any]) -> OptState:
     return OptState(opt.optimizer, with_leaves(opt.raw, found), opt.specs, opt.shapes)
 
 
-def _optimizer(sharded: Sharded, manifest: Manifest, given: Optimizer | None, place: Path) -> Optimizer | None:
+def _optimizer(sharded: Sharded, checkpoint: Checkpoint, given: Optimizer | None) -> Optimizer | None:
     """The optimizer of a restored state.
 
     Raises:
         ShardingError: SS408 where it is another kind than the one that was saved, or not known.
     """
     given = None if given is None else as_optimizer(given)
-    said = manifest.optimizer
+    said, name = checkpoint.manifest.optimizer, checkpoint.name
     if said is None or (given is not None and given.name == said["name"]):
         return given
     if given is not None:
         refuse(
             "SS408",
-            f"the checkpoint {place} was made with {_called(said['name'])}, and the optimizer is {_called(given.name)}",
+            f"the checkpoint {name} was made with {_called(said['name'])}, and the optimizer is {_called(given.name)}",
             why="the state of one means nothing to the other",
         )
     if said["options"] is not None:
         try:
             return rebuild(said["name"], said["options"])
         except ValueError as error:
-            refuse("SS408", f"the optimizer of the checkpoint {place} cannot be made", why=str(error))
+            refuse("SS408", f"the optimizer of the checkpoint {name} cannot be made", why=str(error))
     if sharded.optimizer is not None and sharded.optimizer.name == said["name"]:
         return sharded.optimizer
     return refuse(
         "SS408",
-        f"the checkpoint {place} was made with {_called(said['name'])}, and no file can hold its functions",
+        f"the checkpoint {name} was made with {_called(said['name'])}, and no file can hold its functions",
         why="a learning rate that is a function, or an optimizer of your own, has to be given again",
         advice=("give it: ss.restore(sharded, path, optimizer=...)",),
     )

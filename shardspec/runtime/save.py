@@ -50,8 +50,8 @@ def save(state: TrainState, path: str | os.PathLike[str]) -> None:
 
     found = agree(world, "the save", listed)
     values = merged(world, found)
-    folder = on_first(world, lambda: _begin(Path(os.path.realpath(path))))
-    with _refusing(folder), alone(world):
+    folder = on_first(world, lambda: _begin(path))
+    with _refusing(path), alone(world):
         metadata = dcp.save(
             {},
             storage_writer=dcp.FileSystemWriter(staging(folder), sync_files=True),
@@ -61,7 +61,7 @@ def save(state: TrainState, path: str | os.PathLike[str]) -> None:
     files = _measured(world, home.fabric.rank, folder, metadata)
 
     def finish() -> None:
-        with _refusing(folder):
+        with _refusing(path):
             publish(folder, _manifest(state, metadata, values, files).to_json())
 
     on_first(world, finish)
@@ -79,17 +79,17 @@ def written(path: Any) -> str:
 
 
 @contextmanager
-def _refusing(folder: Path) -> Generator[None]:
+def _refusing(path: str | os.PathLike[str]) -> Generator[None]:
     """Tell of what the file system refuses, on whichever rank, as SS410."""
     try:
         yield
     except OSError as error:
-        refuse("SS410", f"{folder} cannot be written", why=str(error))
+        refuse("SS410", f"{written(path)} cannot be written", why=str(error))
     except dcp.CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         if not isinstance(cause, OSError):
             raise
-        refuse("SS410", f"{folder} cannot be written", why=f"rank {rank}: {cause}")
+        refuse("SS410", f"{written(path)} cannot be written", why=f"rank {rank}: {cause}")
 
 
 @contextmanager
@@ -101,11 +101,13 @@ def alone(world: int) -> Generator[None]:
         yield
 
 
-def _begin(folder: Path) -> Path:
+def _begin(path: str | os.PathLike[str]) -> Path:
+    """The folder that a path means, with an empty one beside it."""
+    folder = Path(os.path.realpath(path))
     if occupied(folder):
         kind = "a folder that holds other things" if folder.is_dir() else "a file"
-        refuse("SS410", f"{folder} is {kind}", why="a save replaces a checkpoint, and nothing else")
-    with _refusing(folder):
+        refuse("SS410", f"{written(path)} is {kind}", why="a save replaces a checkpoint, and nothing else")
+    with _refusing(path):
         prepare(folder)
     return folder
 
