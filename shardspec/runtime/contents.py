@@ -53,9 +53,13 @@ def contents(
         if name in pieces or name in values:
             refuse("SS410", f"two values of the optimizer's state go by the name {name}")
         if isinstance(leaf, DTensor):
+            spec = home.specs.get(path[-1])
             if any(placement.is_partial() for placement in leaf.placements):
                 refuse("SS410", f"{name} is a DTensor that is still to be summed", why=f"{leaf.placements}")
-            pieces[name] = Piece(tuple(leaf.shape), local_of(leaf), positions(leaf))
+            elif spec is not None and leaf.shape == spec.shape and leaf.placements == spec.placements:
+                pieces[name] = in_global_order(home, path[-1], local_of(leaf))
+            else:
+                pieces[name] = Piece(tuple(leaf.shape), local_of(leaf), positions(leaf))
         elif isinstance(leaf, Tensor) and path and opt.belongs(path[-1], leaf):
             pieces[name] = in_global_order(home, path[-1], leaf)
         elif isinstance(leaf, Tensor):

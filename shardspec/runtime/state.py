@@ -92,7 +92,8 @@ class OptState:
         if not isinstance(tree, dict):
             return tree
         store = Store({name: value for name, value in tree.items() if self.belongs(name, value)}, self.specs)
-        self.stores.append(store)
+        if store.locals:
+            self.stores.append(store)
         return {key: self._wrap(value) for key, value in tree.items()} | store.view()
 
     def poison(self) -> None:
