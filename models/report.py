@@ -19,7 +19,7 @@ class Report:
     every step.
     """
 
-    def __init__(self, path: Path | None, *, steps: int, tokens_per_step: int, log_every: int) -> None:
+    def __init__(self, path: Path | None, *, steps: int, start: int = 0, tokens_per_step: int, log_every: int) -> None:
         self.loss = float("nan")
         self._file = None
         self._steps = steps
@@ -27,10 +27,12 @@ class Report:
         self._log_every = log_every
         self._pending: list[tuple[int, dict[str, torch.Tensor]]] = []
         self._began = self._timed_from = time.perf_counter()
-        self._done = self._untimed = 0
+        self._start = self._done = self._untimed = start
         self._live: Progress | None = None
         if path is not None:
+            kept = lines_until(path, start)
             self._file = path.open("w", encoding="utf-8")
+            self._file.writelines(kept)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Self]:
@@ -52,10 +54,10 @@ class Report:
     def step(self, step: int, metrics: dict[str, torch.Tensor]) -> None:
         """Take the metrics of step `step`, counted from 1."""
         self._pending.append((step, metrics))
-        if step % self._log_every == 0 or step in {1, self._steps}:
-            self._flush()
-        if step == 1 < self._steps:
-            self._timed_from, self._untimed = time.perf_counter(), 1
+        if step % self._log_every == 0 or step in {self._start + 1, self._steps}:
+            self.flush()
+        if step == self._start + 1 < self._steps:
+            self._timed_from, self._untimed = time.perf_counter(), step
 
     def write(self, **entry: float) -> None:
         """Append one JSON line."""
@@ -63,7 +65,10 @@ class Report:
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write and show the steps that have gathered."""
+        if not self._pending:
+            return
         for step, metrics in self._pending:
             values = {name: float(value) for name, value in metrics.items()}
             self.loss = values["loss"]
@@ -76,11 +81,23 @@ class Report:
             print(self._line(), flush=True)
 
     def _line(self) -> str:
-        left = (time.perf_counter() - self._began) / self._done * (self._steps - self._done)
+        left = (time.perf_counter() - self._began) / (self._done - self._start) * (self._steps - self._done)
         return (
             f"step {self._done:>{len(str(self._steps))}}/{self._steps}  loss {self.loss:.4f}  "
             f"{self.tokens_per_second:,.0f} tokens/s  {left:.0f} s left"
         )
+
+
+def lines_until(path: Path, step: int) -> list[str]:
+    """The JSON lines of steps up to `step`: what a run that goes on from there has before its own."""
+    if not step or not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [
+        line
+        for line in lines
+        if line.endswith("\n") and json.loads(line).keys() >= {"step", "loss"} and json.loads(line)["step"] <= step
+    ]
 
 
 def progress_bar(console: Console, steps: int) -> Progress:

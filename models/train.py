@@ -25,6 +25,7 @@ import torch.distributed as dist
 import models
 import shardspec as ss
 from models import data
+from models.checkpoints import checkpoint_of, find_checkpoint, other_settings, saved_step, write_settings
 from models.launch import launch, under_launcher
 from models.report import Report
 
@@ -64,6 +65,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--no-sp", action="store_true", help="no sequence parallelism over tp")
     parser.add_argument("--metrics", type=Path, help="JSON lines (default: under runs/)")
+    parser.add_argument("--out", type=Path, help="where the run is saved: at its end, and")
+    parser.add_argument("--save-every", type=whole, help="after so many steps")
+    parser.add_argument("--resume", type=Path, help="a checkpoint, or the --out of a run: its latest one")
     parser.add_argument("--log-every", type=whole, default=10, help="steps between two shown")
     return parser.parse_args(argv)
 
@@ -134,8 +138,12 @@ def main(argv: list[str] | None = None) -> int:
         longest = getattr(config, "max_seq_len", options.seq)
         if options.seq > longest:
             raise UsageError(f"--seq {options.seq}: preset {options.preset} reads at most {longest}")
+        find_resumed(options)
+        if options.save_every and not options.out:
+            raise UsageError("--save-every needs --out, the folder to save to")
         if is_first():
             touch(metrics_path(options))
+            make_out(options)
     except UsageError as error:
         return refuse(f"error: {error}", status=2)
     if options.world > 1 and not under_launcher():
@@ -189,22 +197,27 @@ def train(options: argparse.Namespace) -> None:
     if is_first():
         print(sharded.plan, flush=True)
 
-    state = sharded.init(
-        ss.adamw(lr=schedule(options), betas=(0.9, 0.95), weight_decay=options.weight_decay),
-        seed=options.seed,
-    )
+    optimizer = ss.adamw(lr=schedule(options), betas=(0.9, 0.95), weight_decay=options.weight_decay)
+    if options.resume:
+        state = ss.restore(sharded, options.resume, optimizer=optimizer)
+    else:
+        state = sharded.init(optimizer, seed=options.seed)
     step_fn = ss.train_step(sharded, loss_fn, clip=options.clip)
     report = Report(
         metrics_path(options) if is_first() else None,
+        start=state.step,
         steps=options.steps,
         tokens_per_step=options.batch * options.seq,
         log_every=options.log_every,
     )
     with report.running():
-        for step in range(options.steps):
+        for step in range(state.step, options.steps):
             batch = data.train_batch(corpus.train, seed=options.seed, step=step, **shape)
             state, metrics = step_fn(state, sharded.local_batch(batch))
             report.step(step + 1, metrics)
+            if options.out and (step + 1 == options.steps or (step + 1) % (options.save_every or options.steps) == 0):
+                report.flush()  # whoever goes on from here finds the metrics of the steps before
+                ss.save(state, checkpoint_of(options.out, step + 1))
         rate = report.tokens_per_second
         validation = validate(sharded, state, corpus, shape)
         unigram = data.entropy_unigram(corpus.train, corpus.validation)
@@ -239,6 +252,28 @@ def metrics_path(options: argparse.Namespace) -> Path:
     """Return where the metrics go: as told, or named after the run."""
     mesh = options.mesh.replace("=", "").replace(",", "-") or "single"
     return options.metrics or Path("runs") / f"{options.family}-{options.preset}-{mesh}.jsonl"
+
+
+def find_resumed(options: argparse.Namespace) -> None:
+    """Find the checkpoint to go on from, and make sure that this run can."""
+    if not options.resume:
+        return
+    options.resume = find_checkpoint(options.resume)
+    step = saved_step(options.resume)
+    if step >= options.steps:
+        raise UsageError(f"--steps {options.steps}: {options.resume} is of step {step} already")
+    differs = other_settings(options.resume, options)
+    if differs:
+        raise UsageError(differs)
+
+
+def make_out(options: argparse.Namespace) -> None:
+    """Make the folder of the run, before anything long begins."""
+    try:
+        if options.out:
+            write_settings(options.out, options)
+    except OSError as error:
+        raise UsageError(f"--out {options.out}: {error.strerror}") from None
 
 
 def touch(path: Path) -> None:

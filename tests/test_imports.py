@@ -52,7 +52,7 @@ LAYERS = (
     "cli.commands",
     "cli",
     "",
-    "models models.data models.inputs models.launch models.report models.*.model",
+    "models models.checkpoints models.data models.inputs models.launch models.report models.*.model",
     "models.*.presets models.*.rules",
     "models.*",
     "models.train",
