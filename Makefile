@@ -40,6 +40,8 @@ sweep: $(READY)
 	$(PY) -m benchmarks.operators
 	$(PY) -m benchmarks.mutations
 	$(PY) -m benchmarks.legal
+	$(PY) -m benchmarks.resharding --write
+	$(PY) -m benchmarks.kills --write
 
 bench: $(READY)
 	$(PY) -m benchmarks.bench

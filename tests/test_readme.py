@@ -12,6 +12,10 @@ def test_the_code_of_the_readme_runs_and_prints_what_it_says(capsys, monkeypatch
     run_page(README, capsys)
 
 
+def test_the_code_of_the_page_on_checkpoints_runs_and_prints_what_it_says(capsys):
+    run_page(README.parent / "docs" / "checkpoints.md", capsys)
+
+
 def test_the_readme_is_short_enough_to_read():
     assert len(README.read_text().splitlines()) < 130
 
