@@ -58,7 +58,7 @@ def save(state: TrainState, path: str | os.PathLike[str]) -> None:
             planner=PieceSaver(found.pieces),
             no_dist=world == 1,
         )
-    files = _measured(world, home.fabric.rank, folder, metadata)
+    files = _measured(world, home.fabric.rank, path, folder, metadata)
 
     def finish() -> None:
         with _refusing(path):
@@ -112,11 +112,12 @@ def _begin(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def _measured(world: int, rank: int, folder: Path, metadata: Any) -> dict[str, File]:
+def _measured(world: int, rank: int, path: str | os.PathLike[str], folder: Path, metadata: Any) -> dict[str, File]:
     """Length and sum of each file that was written; each rank reads its share of them."""
 
     def listed() -> list[str]:
-        names = sorted(file.name for file in staging(folder).iterdir())
+        with _refusing(path):
+            names = sorted(file.name for file in staging(folder).iterdir())
         absent = {info.relative_path for info in metadata.storage_data.values()} - {*names}
         if absent:
             refuse(
@@ -127,9 +128,17 @@ def _measured(world: int, rank: int, folder: Path, metadata: Any) -> dict[str, F
         return names
 
     names = on_first(world, listed)
-    mine = {name: measure(staging(folder) / name) for name in names[rank::world]}
-    every = [mine] if world == 1 else exchange(world, mine)
-    return {name: file for part in every for name, file in sorted(part.items())}
+    mine: dict[str, File] = {}
+    problem = ""
+    try:
+        mine = {name: measure(staging(folder) / name) for name in names[rank::world]}
+    except OSError as error:
+        problem = f"rank {rank}: {error}"
+    every = [(mine, problem)] if world == 1 else exchange(world, (mine, problem))
+    problems = [problem for _, problem in every if problem]
+    if problems:
+        refuse("SS410", f"{written(path)} cannot be written", why="\n".join(problems))
+    return {name: file for part, _ in every for name, file in sorted(part.items())}
 
 
 def _manifest(state: TrainState, metadata: Any, values: dict[str, Any], files: dict[str, File]) -> Manifest:
