@@ -18,7 +18,11 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint that `--resume` means: the one by that name, or the latest one of a run's folder."""
     if (path / "manifest.json").is_file():
         return path
-    return max(path.glob("step-????????"), default=path)
+    # One whose replacement was killed goes by its name still: `ss.restore` finds it.
+    replaced = {
+        path / place.name.removeprefix(".").removesuffix(".previous") for place in path.glob(".step-????????.previous")
+    }
+    return max({*path.glob("step-????????"), *replaced}, default=path)
 
 
 def saved_step(checkpoint: Path) -> int:

@@ -48,7 +48,9 @@ def test_the_latest_checkpoint_of_a_run_is_taken_and_what_cannot_go_on_is_told(t
     out = str(tmp_path / "out")
     run(tmp_path / "first.jsonl", "--out", out, "--steps", "3")
     (tmp_path / "out" / ".step-00000009.writing").mkdir()
+    (tmp_path / "out" / "step-00000003").rename(tmp_path / "out" / ".step-00000003.previous")
     assert list(run(tmp_path / "then.jsonl", "--resume", out, "--steps", "5")) == [4, 5]
+    (tmp_path / "out" / ".step-00000003.previous").rename(tmp_path / "out" / "step-00000003")
     capfd.readouterr()
     common = [*SHORT, "--family", "gpt2", "--metrics", str(tmp_path / "m.jsonl")]
     for arguments, message in (
