@@ -95,9 +95,11 @@ def _refusing(path: str | os.PathLike[str]) -> Generator[None]:
 @contextmanager
 def alone(world: int) -> Generator[None]:
     """Without the warning that there is no process group, where none is needed."""
+    if world > 1:
+        yield
+        return
     with warnings.catch_warnings():
-        if world == 1:
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
