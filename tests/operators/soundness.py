@@ -56,6 +56,8 @@ def some_layout_is_sound(issue: Issue, inputs: Sequence[Tensor], sizes: dict[str
         return False
     if not whole or any(len(outs) != len(whole) for outs in made.values()):
         return False
+    if any(result.device.type == "meta" for result in whole):
+        return False  # it was asked for there, and has no values
     fixed = typed.layout(refs[0].index) if writes(node.func) else None
     if fixed is not None and (len(whole) > 1 or whole[0].shape != values[refs[0].index].shape):
         return False
