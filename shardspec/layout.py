@@ -2,7 +2,7 @@
 
 A dim is a tuple of digits, major to minor: an integer (a local extent) or a mesh axis. Adjacent integers
 merge and ones vanish, so equal layouts are equal tuples: `(H@tp hd)` with 128 heads of 128 on tp=16 is
-`("tp", 1024)`.
+`("tp", 1024)`. A direct sum, `(H@tp hd + K@tp hd + K@tp hd)`, is one digit that stands alone in its dim.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,19 @@ from functools import cached_property
 
 from attrs import frozen
 
-Digit = int | str
+
+@frozen
+class Sum:
+    """Parts one after another, each split over the same axes: a rank holds its share of each, in their order.
+
+    Made by `direct_sum`, which joins neighbours that are alike: at least two parts, and no two that follow each
+    other differ in the count in front of their first axis alone.
+    """
+
+    parts: tuple[tuple[int | str, ...], ...]
+
+
+Digit = int | str | Sum
 DimLayout = tuple[Digit, ...]
 Sizes = Mapping[str, int]
 """Axis -> size. An axis that is absent has size one and never appears in a layout."""
@@ -37,26 +49,79 @@ def canonical(digits: Iterable[Digit]) -> DimLayout:
     return tuple(merged)
 
 
+def direct_sum(parts: Iterable[DimLayout]) -> DimLayout:
+    """One dim of parts that follow one another, all of them split over the same axes in the same order.
+
+    Each part is a count of one run of rows (`2` of `("tp", 64)` in `(2, "tp", 64)`); neighbours of one run are
+    joined, so that equal parts are the digits of `(2 F@tp)`, and one part is that part.
+    """
+    runs: list[tuple[int, tuple[int | str, ...]]] = []
+    for part in (one for dim in parts for one in parts_of(dim)):
+        count, run = (part[0], part[1:]) if part and isinstance(part[0], int) else (1, part)
+        if runs and runs[-1][1] == run:
+            runs[-1] = (runs[-1][0] + count, run)
+        else:
+            runs.append((count, run))
+    joined = tuple(_plain(canonical((count, *run))) for count, run in runs)
+    assert len({dim_axes(part) for part in joined}) < 2, "the parts of a direct sum are split alike"
+    return (Sum(joined),) if len(joined) > 1 else joined[0]
+
+
+def parts_of(dim: DimLayout) -> tuple[tuple[int | str, ...], ...]:
+    """The parts of a direct sum; of another dim, the dim itself."""
+    if dim and isinstance(dim[0], Sum):
+        return dim[0].parts
+    return (_plain(dim),)
+
+
+def _plain(digits: Iterable[Digit]) -> tuple[int | str, ...]:
+    """Digits none of which is a direct sum."""
+    return tuple(digit for digit in digits if not isinstance(digit, Sum))
+
+
+def is_sum(dim: DimLayout) -> bool:
+    """Whether a dim is a direct sum of parts that are not alike."""
+    return bool(dim) and isinstance(dim[0], Sum)
+
+
 def local_size(dim: DimLayout) -> int:
     """The length of the dim on a rank."""
     size = 1
     for digit in dim:
         if isinstance(digit, int):
             size *= digit
+        elif isinstance(digit, Sum):
+            size *= sum(map(local_size, digit.parts))
     return size
+
+
+def extent(digit: Digit, sizes: Sizes) -> int:
+    """How many values a digit has over all ranks."""
+    if isinstance(digit, Sum):
+        return sum(global_size(part, sizes) for part in digit.parts)
+    return digit if isinstance(digit, int) else sizes[digit]
 
 
 def global_size(dim: DimLayout, sizes: Sizes) -> int:
     """The length of the dim over all ranks."""
     size = 1
     for digit in dim:
-        size *= digit if isinstance(digit, int) else sizes[digit]
+        size *= digit if isinstance(digit, int) else extent(digit, sizes)
     return size
 
 
 def dim_axes(dim: DimLayout) -> tuple[str, ...]:
     """The axes on a dim, major to minor."""
+    if dim and isinstance(dim[0], Sum):
+        return dim_axes(dim[0].parts[0])
     return tuple(digit for digit in dim if isinstance(digit, str))
+
+
+def gathered(dim: DimLayout, axis: str, sizes: Sizes) -> DimLayout:
+    """The dim with one axis whole on every rank."""
+    if is_sum(dim):
+        return direct_sum(gathered(part, axis, sizes) for part in parts_of(dim))
+    return canonical(sizes[axis] if digit == axis else digit for digit in dim)
 
 
 @frozen(cache_hash=True)
@@ -98,9 +163,11 @@ class Layout:
 
 
 def dim_text(dim: DimLayout) -> str:
-    """A dim as a reader wants it: `4096`, `1024@tp`, `2.tp.512`."""
+    """A dim as a reader wants it: `4096`, `1024@tp`, `2.tp.512`, `(512@tp + 128@tp)`."""
     if not dim:
         return "1"
+    if is_sum(dim):
+        return f"({' + '.join(map(dim_text, parts_of(dim)))})"
     if len(dim) == 1:
         return str(dim[0]) if isinstance(dim[0], int) else f"1@{dim[0]}"
     axes = dim[:-1]
@@ -120,8 +187,19 @@ def with_pending(layout: Layout, pending: Iterable[tuple[str, str]]) -> Layout:
 
 
 def flatten(dims: Iterable[DimLayout]) -> DimLayout:
-    """One dim of several, major to minor."""
-    return canonical(digit for dim in dims for digit in dim)
+    """One dim of several, major to minor.
+
+    Raises:
+        CutError: for a direct sum behind another dim: its parts would lie in several places.
+    """
+    digits = tuple(digit for dim in dims for digit in dim)
+    found = [index for index, digit in enumerate(digits) if isinstance(digit, Sum)]
+    if not found:
+        return canonical(digits)
+    if found != [0]:
+        axis = dim_axes(digits[found[-1] :])[0]
+        raise CutError(axis, f"the direct sum {dim_text(digits[found[-1] :][:1])} lies behind another dim")
+    return direct_sum(canonical((*part, *digits[1:])) for part in parts_of(digits))
 
 
 def split(dim: DimLayout, lengths: Sequence[int], sizes: Sizes) -> tuple[DimLayout, ...]:
@@ -130,6 +208,8 @@ def split(dim: DimLayout, lengths: Sequence[int], sizes: Sizes) -> tuple[DimLayo
     Raises:
         CutError: where an axis digit would lie across a cut.
     """
+    if is_sum(dim):
+        return _split_sum(dim, lengths, sizes)
     rest = list(dim)
     parts: list[DimLayout] = []
     for length in reversed(lengths):
@@ -139,25 +219,25 @@ def split(dim: DimLayout, lengths: Sequence[int], sizes: Sizes) -> tuple[DimLayo
             if not rest:
                 raise AssertionError("split: lengths do not multiply to the dim's size")
             digit = rest.pop()
-            extent = digit if isinstance(digit, int) else sizes[digit]
+            length_here = extent(digit, sizes)
             if isinstance(digit, int):
-                if need % extent == 0:
+                if need % length_here == 0:
                     part.insert(0, digit)
-                    need //= extent
-                elif extent % need == 0:
+                    need //= length_here
+                elif length_here % need == 0:
                     part.insert(0, need)
-                    rest.append(extent // need)
+                    rest.append(length_here // need)
                     need = 1
                 else:
                     axis = next((d for d in reversed(rest) if isinstance(d, str)), "")
                     if not axis:
                         raise AssertionError("split: a plain dim is cut unevenly")
-                    raise CutError(axis, f"{need} and {extent} do not divide each other")
-            elif need % extent == 0:
+                    raise CutError(axis, f"{need} and {length_here} do not divide each other")
+            elif need % length_here == 0:
                 part.insert(0, digit)
-                need //= extent
+                need //= length_here
             else:
-                raise CutError(digit, f"{need} is not a multiple of {digit}={extent}")
+                raise CutError(str(digit), f"{need} is not a multiple of {digit}={length_here}")
         parts.append(canonical(part))
     leftover = canonical(rest)
     if leftover:
@@ -165,3 +245,24 @@ def split(dim: DimLayout, lengths: Sequence[int], sizes: Sizes) -> tuple[DimLayo
         axis = next((d for d in leftover if isinstance(d, str)), "")
         raise CutError(axis, f"{dim_text(leftover)} is left over")
     return tuple(reversed(parts))
+
+
+def _split_sum(dim: DimLayout, lengths: Sequence[int], sizes: Sizes) -> tuple[DimLayout, ...]:
+    """Cut whole minor dims off every part of a direct sum: `(H@tp hd + K@tp hd)` into `(H@tp + K@tp)` and `hd`."""
+    major = next((index for index, length in enumerate(lengths) if length > 1), 0)
+    minor = tuple(lengths[major + 1 :])
+    inner = 1
+    for length in minor:
+        inner *= length
+    heads: list[DimLayout] = []
+    tails: set[tuple[DimLayout, ...]] = set()
+    for part in parts_of(dim):
+        whole = global_size(part, sizes)
+        if whole % inner:
+            raise CutError(dim_axes(part)[0], f"{inner} does not divide the part of {whole}")
+        head, *tail = split(part, (whole // inner, *minor), sizes)
+        heads.append(head)
+        tails.add(tuple(tail))
+    if len(tails) > 1 or len({dim_axes(head) for head in heads}) > 1:
+        raise CutError(dim_axes(dim)[0], "the parts would be cut differently")
+    return ((),) * major + (direct_sum(heads), *tails.pop())

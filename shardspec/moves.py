@@ -4,7 +4,21 @@ from collections.abc import Iterator, Sequence
 
 from attrs import evolve, frozen
 
-from shardspec.layout import AVG, SUM, DimLayout, Layout, Sizes, canonical, global_size, local_size
+from shardspec.layout import (
+    AVG,
+    SUM,
+    DimLayout,
+    Layout,
+    Sizes,
+    canonical,
+    dim_axes,
+    extent,
+    gathered,
+    global_size,
+    is_sum,
+    local_size,
+    parts_of,
+)
 
 
 @frozen
@@ -12,7 +26,8 @@ class Move:
     """One step of a transition, on a rank's local tensor.
 
     `all_gather`, `slice`, `reduce_scatter` and `all_to_all` see dim `dim` of the local tensor as
-    (outer, the axis, inner). `all_to_all` gathers `dim` and splits `to_dim` at `to_outer`.
+    (outer, the axis, inner). `all_to_all` gathers `dim` and splits `to_dim` at `to_outer`. Of a direct sum they see
+    runs one after another, each (the axis, inner): `runs` holds the length of each on a rank, and `outer` says nothing.
     """
 
     kind: str
@@ -25,6 +40,9 @@ class Move:
     reduce: str = SUM
     shape: tuple[int, ...] = ()
     """The local shape before the move."""
+    runs: tuple[int, ...] = ()
+    """Of `dim`, where they are not alike."""
+    to_runs: tuple[int, ...] = ()
 
     @property
     def is_collective(self) -> bool:
@@ -71,12 +89,12 @@ def _steps(now: Layout, after: Layout, sizes: Sizes) -> Iterator[tuple[Move, Lay
     for axis in coming:
         if not now.pending_kind(axis) and (cut := _cut(now, after, axis, sizes)):
             dim = target[axis]
-            yield Move("slice", axis, dim, _outer(cut, axis)), _with_dims(now, {dim: cut})
+            yield Move("slice", axis, dim, _outer(cut, axis), runs=_runs(cut, axis)), _with_dims(now, {dim: cut})
     for axis in coming:
         kind = now.pending_kind(axis)
         if kind in (SUM, AVG) and (cut := _cut(now, after, axis, sizes)):
             dim = target[axis]
-            move = Move("reduce_scatter", axis, dim, _outer(cut, axis), reduce=kind)
+            move = Move("reduce_scatter", axis, dim, _outer(cut, axis), reduce=kind, runs=_runs(cut, axis))
             yield move, _with_dims(_reduced(now, axis), {dim: cut})
     for axis, kind in now.pending:
         if not after.pending_kind(axis) and (axis not in target or kind not in (SUM, AVG)):
@@ -84,50 +102,73 @@ def _steps(now: Layout, after: Layout, sizes: Sizes) -> Iterator[tuple[Move, Lay
     for axis in going:
         dim = now.sharded[axis]
         if target.get(axis, dim) != dim and (cut := _cut(now, after, axis, sizes)):
-            to, outer = target[axis], _outer(now.dims[dim], axis)
-            move = Move("all_to_all", axis, dim, outer, to, _outer(cut, axis))
-            yield move, _with_dims(now, {dim: _gathered(now.dims[dim], axis, sizes), to: cut})
+            to, old = target[axis], now.dims[dim]
+            runs, to_runs = _runs(old, axis), _runs(cut, axis)
+            move = Move("all_to_all", axis, dim, _outer(old, axis), to, _outer(cut, axis), runs=runs, to_runs=to_runs)
+            yield move, _with_dims(now, {dim: gathered(old, axis, sizes), to: cut})
     for axis in sorted(going, key=lambda axis: axis in target):
         dim = now.sharded[axis]
-        move = Move("all_gather", axis, dim, _outer(now.dims[dim], axis))
-        yield move, _with_dims(now, {dim: _gathered(now.dims[dim], axis, sizes)})
+        old = now.dims[dim]
+        move = Move("all_gather", axis, dim, _outer(old, axis), runs=_runs(old, axis))
+        yield move, _with_dims(now, {dim: gathered(old, axis, sizes)})
     raise AssertionError(f"no move leads from {now} to {after}")
 
 
 def _outer(dim: DimLayout, axis: str) -> int:
     """The product of the local extents before an axis."""
-    return local_size(dim[: dim.index(axis)])
+    return 1 if is_sum(dim) else local_size(dim[: dim.index(axis)])
 
 
-def _weight(layout: Layout, axis: str, sizes: Sizes) -> tuple[int, int] | None:
-    """The dim that an axis splits, and how many of its indices lie between two neighbours along the axis."""
+def _runs(dim: DimLayout, axis: str) -> tuple[int, ...]:
+    """The local lengths of the runs of a direct sum that an axis divides; of another dim, nothing."""
+    if not is_sum(dim):
+        return ()
+    return tuple(
+        local_size(part[part.index(axis) + 1 :])
+        for part in parts_of(dim)
+        for _ in range(local_size(part[: part.index(axis)]))
+    )
+
+
+def _weight(layout: Layout, axis: str, sizes: Sizes) -> tuple[int, int | DimLayout] | None:
+    """The dim that an axis splits, and how many of its indices lie between two neighbours along the axis; of a direct
+    sum, how the axis alone splits it."""
     where = layout.sharded.get(axis)
     if where is None:
         return None
     dim = layout.dims[where]
+    if is_sum(dim):
+        dim = _restricted(dim, (axis,), sizes)
+    if is_sum(dim):
+        return where, dim
     return where, global_size(dim[dim.index(axis) + 1 :], sizes)
 
 
-def _gathered(dim: DimLayout, axis: str, sizes: Sizes) -> DimLayout:
-    return canonical(sizes[axis] if digit == axis else digit for digit in dim)
+def _restricted(dim: DimLayout, kept: Sequence[str], sizes: Sizes) -> DimLayout:
+    """The dim with every axis but some gathered."""
+    for axis in dim_axes(dim):
+        if axis not in kept:
+            dim = gathered(dim, axis, sizes)
+    return dim
 
 
 def _cut(now: Layout, after: Layout, axis: str, sizes: Sizes) -> DimLayout | None:
     """A dim with an axis at the stride that it has in `after`; None where another axis stands there still."""
-    found = _weight(after, axis, sizes)
-    assert found is not None, f"{axis} comes to a dim"
-    where, weight = found
-    dim, behind = now.dims[where], 1
+    where = after.sharded[axis]
+    dim, wanted = now.dims[where], after.dims[where]
+    if is_sum(dim) or is_sum(wanted):
+        cut = _restricted(wanted, (*dim_axes(dim), axis), sizes)
+        return cut if gathered(cut, axis, sizes) == dim else None
+    weight, behind = global_size(wanted[wanted.index(axis) + 1 :], sizes), 1
     for index in reversed(range(len(dim))):
         digit = dim[index]
-        extent = digit if isinstance(digit, int) else sizes[digit]
-        if behind * extent > weight:
-            if isinstance(digit, str) or weight % behind:
+        if behind * extent(digit, sizes) > weight:
+            if not isinstance(digit, int) or weight % behind:
                 return None
             inner = weight // behind
             outer, rest = divmod(digit, inner * sizes[axis])
             return None if rest else canonical([*dim[:index], outer, axis, inner, *dim[index + 1 :]])
-        behind *= extent
+        behind *= extent(digit, sizes)
     return None
 
 
@@ -151,18 +192,19 @@ def adjoint(moves: Sequence[Move], owed: set[str], shape: tuple[int, ...]) -> tu
     owed = set(owed)
     after = shape
     for move in reversed(moves):
-        axis = move.axis
+        axis, at = move.axis, {"dim": move.dim, "outer": move.outer, "runs": move.runs}
         if move.kind == "all_gather":
             kind = "reduce_scatter" if axis in owed else "slice"
-            back.append(Move(kind, axis, move.dim, move.outer, shape=after))
+            back.append(Move(kind, axis, **at, shape=after))
         elif move.kind == "slice":
-            back.append(Move("all_gather", axis, move.dim, move.outer, shape=after))
+            back.append(Move("all_gather", axis, **at, shape=after))
         elif move.kind == "reduce_scatter":
-            back.append(Move("all_gather", axis, move.dim, move.outer, shape=after))
+            back.append(Move("all_gather", axis, **at, shape=after))
             if move.reduce == AVG:
                 back.append(Move("scale", axis, shape=move.shape))
         elif move.kind == "all_to_all":
-            back.append(Move("all_to_all", axis, move.to_dim, move.to_outer, move.dim, move.outer, shape=after))
+            swapped = evolve(move, dim=move.to_dim, outer=move.to_outer, runs=move.to_runs, shape=after)
+            back.append(evolve(swapped, to_dim=move.dim, to_outer=move.outer, to_runs=move.runs))
         elif move.kind == "all_reduce":
             if axis in owed:
                 back.append(Move("all_reduce", axis, shape=after))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardspec.layout import Layout
+from shardspec.layout import Layout, Sum
 from shardspec.moves import Move, NoTransition, adjoint, transition
 from shardspec.runtime.boundary import _put, _take
 from shardspec.testing.simulate import REDUCE, SHARE_UNIT, Ranks, difference, group, scatter
@@ -24,19 +24,19 @@ def run_move(ranks: Ranks, move: Move, sizes: Mapping[str, int]) -> Ranks:
         held = [ranks[other] for other in group(place, move.axis, sizes)]
         assert all(array.shape == move.shape for array in held), "a move knows the local shape before it"
         if move.kind == "all_gather":
-            out[place] = _put(torch.stack(held), move.dim, move.outer)
+            out[place] = _put(torch.stack(held), move.dim, move.outer, move.runs)
         elif move.kind == "slice":
-            out[place] = _take(ranks[place], move.dim, move.outer, n)[mine]
+            out[place] = _take(ranks[place], move.dim, move.outer, n, move.runs)[mine]
         elif move.kind == "reduce_scatter":
             assert move.reduce in ("sum", "avg"), "the runtime scatters sums only"
             out[place] = REDUCE[move.reduce](
-                torch.stack([_take(array, move.dim, move.outer, n)[mine] for array in held])
+                torch.stack([_take(array, move.dim, move.outer, n, move.runs)[mine] for array in held])
             )
         elif move.kind == "all_reduce":
             out[place] = REDUCE[move.reduce](torch.stack(held))
         elif move.kind == "all_to_all":
-            parts = [_take(array, move.to_dim, move.to_outer, n)[mine] for array in held]
-            out[place] = _put(torch.stack(parts), move.dim, move.outer)
+            parts = [_take(array, move.to_dim, move.to_outer, n, move.to_runs)[mine] for array in held]
+            out[place] = _put(torch.stack(parts), move.dim, move.outer, move.runs)
         else:
             assert move.kind == "scale"
             out[place] = ranks[place] / n
@@ -254,3 +254,40 @@ def test_a_rule_cannot_leave_pending_what_is_not(before, message):
     with pytest.raises(NoTransition) as caught:
         transition(before, Layout(((4,),), (("tp", "sum"),)), SIZES)
     assert str(caught.value) == message
+
+
+# Direct sums
+
+
+@st.composite
+def summed_pairs(draw):
+    """A mesh, a tensor's dims, and two layouts, some of whose dims are direct sums; what may be owed behind."""
+    rng = draw(st.randoms(use_true_random=False))
+    sizes, dims, before = laid_out(rng, sums=0.6)
+    after = a_layout(rng, dims, sizes, may_pend=dict(before.pending), sums=0.5)
+    may = [axis for axis in sizes if axis not in after.sharded and not after.pending_kind(axis)]
+    return sizes, dims, before, after, {axis for axis in may if rng.random() < 0.5}
+
+
+@given(summed_pairs())
+@settings(max_examples=400, deadline=None)
+def test_direct_sums_are_gathered_cut_and_exchanged_run_by_run(case):
+    """Law: as for other layouts, the parts under `before` become those under `after`, and the backward is the
+    adjoint."""
+    sizes, dims, before, after, owed = case
+    x, y = tensor(dims), tensor(dims, 2)
+    moves = transition(before, after, sizes)
+    behind = run_moves(scatter(x, before, sizes, 2), moves, sizes)
+    assert not difference(behind, x, after, sizes)
+    back, left = adjoint(moves, owed, after.shape)
+    leaving = run_moves(cotangent(y, after, owed, sizes, 3), back, sizes)
+    assert not off_cotangent(leaving, y, before, left, sizes)
+
+
+def test_a_direct_sum_is_gathered_in_one_message():
+    before = Layout((("dp", 4), (Sum((("tp", 6), (2, "tp", 3))),)))
+    after = Layout((("dp", 4), (48,)))
+    (move,) = transition(before, after, SIZES)
+    assert (move.kind, move.dim, move.runs) == ("all_gather", 1, (6, 3, 3))
+    (back,) = transition(after, before, SIZES)
+    assert (back.kind, back.dim, back.runs) == ("slice", 1, (6, 3, 3))

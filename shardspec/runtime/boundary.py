@@ -21,13 +21,13 @@ def all_gather(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
     n = fabric.mesh[move.axis]
     parts = tensor.new_empty((n, *tensor.shape))
     torch_private.all_gather(parts, tensor.contiguous(), fabric.group((move.axis,)))
-    return _put(parts, move.dim, move.outer)
+    return _put(parts, move.dim, move.outer, move.runs)
 
 
 def reduce_scatter(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
     """[.., outer * n * inner, ..] -> the sum over ranks of [.., outer * inner, ..]."""
     n = fabric.mesh[move.axis]
-    parts = _take(tensor, move.dim, move.outer, n)
+    parts = _take(tensor, move.dim, move.outer, n, move.runs)
     out = parts.new_empty(parts.shape[1:])
     torch_private.reduce_scatter(out, parts, fabric.group((move.axis,)))
     return out.div_(n) if move.reduce == AVG else out
@@ -43,15 +43,17 @@ def all_reduce(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
 def all_to_all(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
     """Gather `dim` and split `to_dim`: the exchange that moves an axis from one dim to another."""
     n = fabric.mesh[move.axis]
-    parts = _take(tensor, move.to_dim, move.to_outer, n)
+    parts = _take(tensor, move.to_dim, move.to_outer, n, move.to_runs)
     out = torch.empty_like(parts)
     dist.all_to_all_single(out, parts, group=fabric.group((move.axis,)))
-    return _put(out, move.dim, move.outer)
+    return _put(out, move.dim, move.outer, move.runs)
 
 
 def slice_(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
     """[.., outer * n * inner, ..] -> this rank's [.., outer * inner, ..]."""
     n, place = fabric.mesh[move.axis], fabric.coordinate[move.axis]
+    if move.runs:
+        return torch.cat([run.chunk(n, move.dim)[place] for run in _whole_runs(tensor, move.dim, move.runs, n)], move.dim)
     if move.outer == 1:
         return tensor.chunk(n, move.dim)[place].contiguous()
     return _take(tensor, move.dim, move.outer, n)[place].contiguous()
@@ -62,8 +64,16 @@ def scale(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
     return tensor / fabric.mesh[move.axis]
 
 
-def _take(tensor: Tensor, dim: int, outer: int, n: int) -> Tensor:
+def _whole_runs(tensor: Tensor, dim: int, runs: Sequence[int], n: int) -> tuple[Tensor, ...]:
+    """The runs of a direct sum that n ranks share, each n times as long as on a rank."""
+    return tensor.split([n * length for length in runs], dim)
+
+
+def _take(tensor: Tensor, dim: int, outer: int, n: int, runs: Sequence[int] = ()) -> Tensor:
     """[.., outer * n * inner, ..] -> [n, .., outer * inner, ..], contiguous; a view where torch can make one."""
+    if runs:
+        chunks = [run.chunk(n, dim) for run in _whole_runs(tensor, dim, runs, n)]
+        return torch.stack([torch.cat(held, dim) for held in zip(*chunks, strict=True)])
     shape = list(tensor.shape)
     if outer == 1:
         shape[dim] //= n
@@ -75,9 +85,12 @@ def _take(tensor: Tensor, dim: int, outer: int, n: int) -> Tensor:
     return split.movedim(dim + 1, 0).reshape(n, *shape).contiguous()
 
 
-def _put(parts: Tensor, dim: int, outer: int) -> Tensor:
+def _put(parts: Tensor, dim: int, outer: int, runs: Sequence[int] = ()) -> Tensor:
     """[n, .., outer * inner, ..] -> [.., outer * n * inner, ..]."""
     n, *shape = parts.shape
+    if runs:
+        held = [part.split(list(runs), dim) for part in parts.unbind(0)]
+        return torch.cat([piece for run in zip(*held, strict=True) for piece in run], dim)
     if outer == 1:
         if all(length == 1 for length in shape[:dim]):
             return parts.view(*shape[:dim], n * shape[dim], *shape[dim + 1 :])

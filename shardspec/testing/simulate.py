@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -25,8 +26,15 @@ def positions(dim: DimLayout, place: Mapping[str, int], sizes: Sizes) -> list[in
     """The global indices that a rank holds of a dim, in order: mixed radix, with its own digit at each axis."""
     found = [0]
     for digit in dim:
-        base = sizes[digit] if isinstance(digit, str) else digit
-        choices = [place[digit]] if isinstance(digit, str) else range(digit)
+        if isinstance(digit, str):
+            base, choices = sizes[digit], [place[digit]]
+        elif isinstance(digit, int):
+            base, choices = digit, list(range(digit))
+        else:
+            base, choices = 0, []
+            for part in digit.parts:
+                choices += [base + index for index in positions(part, place, sizes)]
+                base += prod(sizes[one] if isinstance(one, str) else one for one in part)
         found = [index * base + choice for index in found for choice in choices]
     return found
 
