@@ -8,7 +8,7 @@ import cattrs
 from attrs import fields
 
 from shardspec.diagnostics import ShardingError
-from shardspec.layout import Digit
+from shardspec.layout import Digit, Sum
 from shardspec.mesh import Mesh
 from shardspec.plan import Plan
 
@@ -32,6 +32,14 @@ def _exact(kind: type) -> Callable[[Any, Any], Any]:
 
 
 def _digit(value: Any, _: Any) -> Digit:
+    if type(value) is dict and value.keys() == {"parts"} and all(type(part) is list for part in value["parts"]):
+        parts = [tuple(_plain_digit(one) for one in part) for part in value["parts"]]
+        if len(parts) > 1 and all(parts):
+            return Sum(tuple(parts))
+    return _plain_digit(value)
+
+
+def _plain_digit(value: Any) -> int | str:
     if type(value) not in (int, str):
         raise ValueError(f"{value!r} is no digit of a layout")
     return value
@@ -49,6 +57,7 @@ def _converter() -> cattrs.Converter:
     for kind in (int, str, bool):
         converter.register_structure_hook(kind, _exact(kind))
     converter.register_structure_hook(Digit, _digit)
+    converter.register_unstructure_hook(Sum, lambda value: {"parts": [list(part) for part in value.parts]})
     converter.register_unstructure_hook(Mesh, lambda mesh: dict(mesh.shape))
     converter.register_structure_hook(Mesh, _mesh)
     return converter

@@ -15,6 +15,7 @@ from shardspec.rules.fit import check_rank, layout_of, learn_sizes
 from shardspec.rules.match import assign, idle_batch_axes
 from shardspec.rules.parse import Entry, ParamClaim, Sizes, Storage, Table, change
 from shardspec.survey import Survey, View
+from shardspec.units import attribute_sizes
 
 
 def match_params(table: Table, names: View, mesh: Mesh) -> tuple[dict[str, ParamClaim], Sizes, list[Diagnostic]]:
@@ -32,7 +33,9 @@ def match_params(table: Table, names: View, mesh: Mesh) -> tuple[dict[str, Param
             wrong.setdefault(entry, problem)
         else:
             shaped.append((name, entry, names.parameters[name].shape))
-    sizes, conflicts = learn_sizes(shaped, table.rules.sizes)
+    summed = any(dim.counts for entry in table.params for dim in entry.spec.dims)
+    hints = attribute_sizes(table.rules, names.modules) if summed else {}
+    sizes, conflicts = learn_sizes(shaped, table.rules.sizes, hints=hints)
     clashing = {place for conflict in conflicts for place in conflict.locations[:1]}
     params: dict[str, ParamClaim] = {}
     uneven: dict[Any, Diagnostic] = {}

@@ -18,7 +18,7 @@ from shardspec.infer import (
     producer,
     spec_text,
 )
-from shardspec.layout import Layout, canonical
+from shardspec.layout import Layout, dim_axes, gathered
 from shardspec.mesh import AXES, BATCH_AXES
 from shardspec.program import Node, Ref, tensors
 from shardspec.rules.match import as_pattern, fold
@@ -181,7 +181,7 @@ def _put_first(entry: Entry, spec: Spec, axis: str) -> Iterator[RuleEdit]:
     """The axis on the most major factor of its group, and the factor that has it in front of the others."""
     for index, dim in enumerate(spec.dims):
         held = [factor for factor in dim.factors if axis in factor.axes]
-        if not held or dim.factors[0] is held[0]:
+        if not held or dim.factors[0] is held[0] or dim.counts:
             continue
         others = [factor for factor in dim.factors if factor is not held[0]]
         bare = evolve(held[0], axes=tuple(name for name in held[0].axes if name != axis))
@@ -220,14 +220,13 @@ def with_axis(spec: Spec, factor: str, axis: str, *, first: bool = True) -> Spec
         axes = (axis, *own.axes)
         return evolve(own, axes=axes if first else tuple(sorted(axes, key=AXES.index))) if own.name == factor else own
 
-    dims = tuple(Dim(tuple(map(put, dim.factors)), dim.axes, dim.grouped) for dim in spec.dims)
+    dims = tuple(evolve(dim, factors=tuple(map(put, dim.factors))) for dim in spec.dims)
     return evolve(spec, dims=dims)
 
 
 def _without(layout: Layout, axis: str, inference: Inference) -> Layout:
     """The layout with an axis gathered or reduced."""
-    size = inference.sizes[axis]
-    dims = tuple(canonical(size if digit == axis else digit for digit in dim) for dim in layout.dims)
+    dims = tuple(gathered(dim, axis, inference.sizes) if axis in dim_axes(dim) else dim for dim in layout.dims)
     return Layout(dims, tuple(item for item in layout.pending if item[0] != axis))
 
 

@@ -10,7 +10,7 @@ from attrs import define, field, frozen
 from shardspec.aliasing import PARAMETER_WRITE, writes
 from shardspec.diagnostics import Location
 from shardspec.kin import Kin
-from shardspec.layout import Layout, Sizes
+from shardspec.layout import Layout, Sizes, dim_axes
 from shardspec.moves import Move, NoTransition, transition
 from shardspec.program import Block, BlockCall, Graph, Node, Program, Ref, tensors
 from shardspec.rules.match import fold
@@ -531,8 +531,8 @@ def spec_text(layout: Layout, shape: Sequence[int], known: dict[str, int], prefe
     parts: list[str] = []
     used: set[str] = set(prefer)
     for position, (dim, length) in enumerate(zip(layout.dims, shape, strict=True)):
-        axes = [digit for digit in dim if isinstance(digit, str)]
-        if list(dim[: len(axes)]) != axes:
+        axes = dim_axes(dim)
+        if dim[: len(axes)] != axes:
             return None
         names = [prefer[position]] if position < len(prefer) and known.get(prefer[position]) == length else []
         names += [name for name, size in known.items() if size == length and name not in used]

@@ -163,17 +163,25 @@ class Layout:
 
 
 def dim_text(dim: DimLayout) -> str:
-    """A dim as a reader wants it: `4096`, `1024@tp`, `2.tp.512`, `(512@tp + 128@tp)`."""
+    """A dim as a reader wants it: `4096`, `1024@tp`, `2.tp.512`, `(512@tp + 128@tp + 128@tp)`."""
     if not dim:
         return "1"
     if is_sum(dim):
-        return f"({' + '.join(map(dim_text, parts_of(dim)))})"
+        return f"({' + '.join(map(_part_text, parts_of(dim)))})"
     if len(dim) == 1:
         return str(dim[0]) if isinstance(dim[0], int) else f"1@{dim[0]}"
     axes = dim[:-1]
     if isinstance(dim[-1], int) and all(isinstance(axis, str) for axis in axes):
         return f"{dim[-1]}@" + (str(axes[0]) if len(axes) == 1 else f"({','.join(map(str, axes))})")
     return ".".join(map(str, dim))
+
+
+def _part_text(part: DimLayout) -> str:
+    """A part of a direct sum; a few alike one by one, as they were written."""
+    count, *run = part
+    if isinstance(count, int) and count <= 4:
+        return " + ".join([dim_text(tuple(run))] * count)
+    return dim_text(part)
 
 
 def replicated(shape: Sequence[int]) -> Layout:

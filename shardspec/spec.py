@@ -1,13 +1,14 @@
 """The spec language: one string a tensor, `(H@tp hd)@fsdp D`, parsed into frozen values.
 
 spec   = { dim | "..." } { "+" axis }
-dim    = factor | "(" factor { factor } ")" [ axes ]
+dim    = factor | "(" group { "+" group } ")" [ axes ]
+group  = factor { factor }
 factor = ( name | integer ) [ axes ]
 axes   = "@" axis | "@(" axis { "," axis } ")"
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from attrs import frozen
@@ -38,16 +39,26 @@ class Dim:
     """One dim of a tensor: one factor, or several in a group; `axes` split the whole group."""
 
     factors: tuple[Factor, ...]
+    """Of a direct sum, those of all its parts."""
     axes: tuple[str, ...] = ()
     grouped: bool = False
+    counts: tuple[int, ...] = ()
+    """Of a direct sum, how many factors each part has."""
+
+    @property
+    def parts(self) -> tuple[tuple[Factor, ...], ...]:
+        """The factors of each part of a direct sum; of another dim, its factors."""
+        rest = iter(self.factors)
+        return tuple(tuple(next(rest) for _ in range(count)) for count in self.counts) or (self.factors,)
 
     @property
     def all_axes(self) -> tuple[str, ...]:
-        """Every axis on this dim: the factors', then the group's."""
-        return tuple(axis for factor in self.factors for axis in factor.axes) + self.axes
+        """Every axis on this dim: the factors' (of a direct sum, those of a part), then the group's."""
+        factors = self.parts[0] if self.counts else self.factors
+        return tuple(axis for factor in factors for axis in factor.axes) + self.axes
 
     def __str__(self) -> str:
-        text = " ".join(map(str, self.factors))
+        text = " + ".join(" ".join(map(str, part)) for part in self.parts)
         return f"({text})" + _axes_text(self.axes) if self.grouped else text
 
 
@@ -140,8 +151,8 @@ class _Reader:
 
     @property
     def column(self) -> int:
-        """Where the next token stands, counted from one."""
-        return self.tokens[self.at][2] + 1
+        """Where the next token stands, or the text ends, counted from one."""
+        return self.tokens[self.at][2] + 1 if self.at < len(self.tokens) else len(self.text) + 1
 
     def fail(self, expected: str) -> SpecError:
         if self.at >= len(self.tokens):
@@ -199,18 +210,39 @@ def _parse_factor(reader: _Reader) -> Factor:
 
 def _parse_group(reader: _Reader) -> Dim:
     reader.expect("(")
+    parts: list[tuple[Factor, ...]] = []
+    columns: list[int] = []
+    while not parts or reader.peek() == ("mark", "+"):
+        if parts:
+            reader.take()
+        columns.append(reader.column)
+        parts.append(_parse_factors(reader))
+    reader.expect(")")
+    if len(parts) > 1:
+        _check_parts(reader, parts, columns)
+    counts = tuple(map(len, parts)) if len(parts) > 1 else ()
+    return Dim(tuple(factor for part in parts for factor in part), _parse_axes(reader), grouped=True, counts=counts)
+
+
+def _parse_factors(reader: _Reader) -> tuple[Factor, ...]:
     factors: list[Factor] = []
     while reader.peek()[0] in ("word", "number"):
         factors.append(_parse_factor(reader))
     if not factors:
         raise reader.fail("a factor's name")
-    if reader.peek() == ("mark", "+"):
-        raise SpecError(
-            f"{reader.text!r}: '+' at column {reader.column}: a direct sum in a group is not part of the language yet; "
-            "split the projection"
-        )
-    reader.expect(")")
-    return Dim(tuple(factors), _parse_axes(reader), grouped=True)
+    return tuple(factors)
+
+
+def _check_parts(reader: _Reader, parts: Sequence[tuple[Factor, ...]], columns: Sequence[int]) -> None:
+    """A rank holds its share of every part of a direct sum: all are split over the same axes in the same order."""
+    first, *others = ([axis for factor in part for axis in factor.axes] for part in parts)
+    for part, axes, column in zip(parts[1:], others, columns[1:], strict=True):
+        if axes != first:
+            raise SpecError(
+                f"{reader.text!r}: the parts of a direct sum are split alike: {' '.join(map(str, parts[0]))!r} over "
+                f"{', '.join(first) or 'nothing'}, {' '.join(map(str, part))!r} at column {column} over "
+                f"{', '.join(axes) or 'nothing'}"
+            )
 
 
 @lru_cache(maxsize=4096)

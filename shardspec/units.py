@@ -140,5 +140,18 @@ def resolve_attributes(
     return local, found
 
 
+def attribute_sizes(rules: Rules, modules: Mapping[str, object]) -> dict[str, int]:
+    """Factor -> its size by `attributes=`, where one is named alone and every module has the same number."""
+    found: dict[str, set[object]] = {}
+    for pattern, named in rules.attributes.items():
+        hits = [module for name, module in modules.items() if re.fullmatch(pattern, name)]
+        for attribute, text in named.items():
+            factor = re.match(r"[A-Za-z_]\w*(?=@|$)", text)
+            if factor:
+                found.setdefault(factor.group(), set()).update(getattr(module, attribute, None) for module in hits)
+    alone = {name: next(iter(values)) for name, values in found.items() if len(values) == 1}
+    return {name: value for name, value in alone.items() if type(value) is int}
+
+
 def _divisors(value: int) -> str:
     return ", ".join(str(n) for n in range(1, value + 1) if value % n == 0)

@@ -35,6 +35,7 @@ LAYERS = (
     "runtime.agreement runtime.fabric runtime.failure runtime.gather runtime.optim runtime.rng runtime.vocab",
     "runtime.pieces runtime.publish",
     "runtime.manifest",
+    "runtime.rank_major",
     "runtime.arguments runtime.boundary runtime.recipe runtime.state",
     "runtime.attach runtime.init runtime.weights",
     "runtime.apply",

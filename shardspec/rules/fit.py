@@ -7,10 +7,10 @@ from attrs import evolve
 
 from shardspec.constraints import Constraint
 from shardspec.diagnostics import Diagnostic, Location
-from shardspec.layout import SUM, Digit, DimLayout, Layout, canonical, local_size
+from shardspec.layout import SUM, Digit, DimLayout, Layout, canonical, direct_sum, local_size
 from shardspec.mesh import Mesh, degree
 from shardspec.rules.parse import STORAGE_AXES, Entry, MeshEdit, RuleEdit, Sizes, Storage, change
-from shardspec.spec import Dim, Spec
+from shardspec.spec import Dim, Factor, Spec
 
 
 def check_rank(entry: Entry, name: str, shape: Sequence[int]) -> Diagnostic | None:
@@ -40,6 +40,7 @@ def learn_sizes(
     claims: Iterable[tuple[str, Entry, Sequence[int]]],
     given: Mapping[str, int],
     places: Mapping[str, tuple[str, Location | None]] | None = None,
+    hints: Mapping[str, int] | None = None,
 ) -> tuple[Sizes, list[Diagnostic]]:
     """The size of every factor that a claimed shape tells; SS206 for a name with two, or another literal.
 
@@ -47,6 +48,7 @@ def learn_sizes(
 
     Args:
         given: sizes that are known, by `sizes=` or, where `places` tells, by a rule.
+        hints: sizes of factors of direct sums that nothing else tells: by `attributes=`.
     """
     sizes = Sizes(dict(given), {name: (places or {}).get(name, ("sizes=", None)) for name in given})
     told: dict[str, dict[int, dict[Entry, str]]] = {}
@@ -56,7 +58,7 @@ def learn_sizes(
     for name, entry, shape in claims:
         shapes.setdefault(entry, shape)
         for index, (dim, length) in enumerate(zip(dims_of(entry.spec, len(shape)), shape, strict=True)):
-            if len(dim.factors) > 1:
+            if len(dim.factors) > 1 or dim.counts:
                 groups.setdefault((entry, index, length), (name, entry, dim, length))
             elif dim.factors and dim.factors[0].name:
                 told.setdefault(dim.factors[0].name, {}).setdefault(length, {}).setdefault(entry, name)
@@ -72,6 +74,12 @@ def learn_sizes(
             for entry, name in entries.items() if length != sizes.known[factor] else ():
                 clashes.setdefault(entry, []).append((factor, length, name))
     _learn_groups(groups.values(), sizes, found)
+    summed = [factor.name for _, _, dim, _ in groups.values() if dim.counts for factor in dim.factors]
+    told_late = {name: (hints or {})[name] for name in summed if name in (hints or {}) and name not in sizes.known}
+    if told_late:
+        sizes.known.update(told_late)
+        sizes.place.update(dict.fromkeys(told_late, ("attributes=", None)))
+        _learn_groups(groups.values(), sizes, found)
     found.update((entry, _clash(entry, listed, shapes[entry], sizes)) for entry, listed in clashes.items())
     return sizes, list(found.values())
 
@@ -84,19 +92,36 @@ def _learn_groups(
     """The sizes of factors inside groups, where all but one of a group are known."""
     for _ in range(2):
         for name, entry, dim, length in groups:
-            product, unknown = 1, []
-            for factor in dim.factors:
-                size = factor.size or sizes.known.get(factor.name)
-                if size is None:
-                    unknown.append(factor.name)
-                else:
-                    product *= size
-            if (not unknown and product != length) or (len(unknown) == 1 and length % product):
-                text = f"({' '.join(map(str, dim.factors))})"
-                found[entry, dim] = _two_sizes(text, product, length, name, entry, sizes, dim)
-            elif len(unknown) == 1:
-                sizes.known[unknown[0]] = length // product
-                sizes.place[unknown[0]] = (name, entry.location)
+            unknown = {factor.name for factor in dim.factors if _size(factor, sizes.known) is None}
+            if len(unknown) > 1:
+                continue
+            # The factors make up `fixed`, and `each` for each one of the factor that is not known.
+            missing = next(iter(unknown), "")
+            fixed, each = _terms(dim, missing, sizes.known)
+            if (not missing and fixed != length) or (missing and each and (length <= fixed or (length - fixed) % each)):
+                found[entry, dim] = _two_sizes(str(evolve(dim, axes=())), fixed, each, length, name, entry, sizes, dim)
+            elif missing and each:
+                sizes.known[missing] = (length - fixed) // each
+                sizes.place[missing] = (name, entry.location)
+
+
+def _size(factor: Factor, known: Mapping[str, int]) -> int | None:
+    return factor.size if factor.size is not None else known.get(factor.name)
+
+
+def _terms(dim: Dim, missing: str, known: Mapping[str, int]) -> tuple[int, int]:
+    """What the parts of a dim without a factor add up to, and those with it, each without it; 0 where it is twice
+    in one, or in all that are."""
+    fixed = each = 0
+    for part in dim.parts:
+        product = 1
+        for factor in part:
+            product *= 1 if factor.name == missing and factor.size is None else _size(factor, known) or 0
+        times = sum(factor.name == missing for factor in part if factor.size is None)
+        if times > 1:
+            return 0, 0
+        fixed, each = (fixed, each + product) if times else (fixed + product, each)
+    return fixed, each
 
 
 def _another_literal(entry: Entry, dim: Dim, name: str, length: int) -> Diagnostic:
@@ -153,12 +178,16 @@ def _other_specs(entry: Entry, shape: Sequence[int], sizes: Sizes) -> Iterator[R
         yield change(entry, evolve(spec, dims=dims))
 
 
-def _two_sizes(text: str, product: int, length: int, name: str, entry: Entry, sizes: Sizes, dim: Dim) -> Diagnostic:
-    parts = ", ".join(f"{f.name} is {sizes.known[f.name]}" for f in dim.factors if f.name in sizes.known)
+def _two_sizes(
+    text: str, fixed: int, each: int, length: int, name: str, entry: Entry, sizes: Sizes, dim: Dim
+) -> Diagnostic:
+    named = dict.fromkeys(factor.name for factor in dim.factors if factor.name in sizes.known)
+    parts = ", ".join(f"{factor} is {sizes.known[factor]}" for factor in named)
+    made = f"{fixed} and a multiple of {each} do not make up" if fixed and each else f"{fixed or each} does not fit"
     return Diagnostic(
         code="SS206",
         what=f"the factors of {text} do not make up {length}",
-        why=f"{parts}: {product} does not fit the {length} of {name}",
+        why=f"{parts}: {made} the {length} of {name}",
         locations=(entry.location,),
     )
 
@@ -179,30 +208,10 @@ def layout_of(
         dims.append(canonical(digits))
         if storage and any(axis in STORAGE_AXES for axis in kept):
             stored = Storage(index, tuple(axis for axis in kept if axis in STORAGE_AXES))
-            if problem is None and pieces(dims[-1]) > 1:
-                problem = _stored_in_pieces(entry, name, dim, stored, pieces(dims[-1]))
-            elif problem is None and uneven_storage(stored, local_size(dims[-1]), mesh):
+            if problem is None and uneven_storage(stored, local_size(dims[-1]), mesh):
                 problem = _uneven(entry, name, dim, (str(dim), length, True), mesh, [*live, *stored.axes], storage=True)
     pending = tuple(sorted((axis, SUM) for axis in entry.spec.pending if mesh[axis] > 1))
     return Layout(tuple(dims), pending), stored, problem
-
-
-def pieces(dim: DimLayout) -> int:
-    """In how many runs of consecutive rows the part of a dim lies that a rank holds."""
-    axes = [index for index, digit in enumerate(dim) if isinstance(digit, str)]
-    return local_size(dim[: axes[-1]]) if axes else 1
-
-
-def _stored_in_pieces(entry: Entry, name: str, dim: Dim, stored: Storage, count: int) -> Diagnostic:
-    axes = ",".join(stored.axes)
-    return Diagnostic(
-        code="SS209",
-        what=f"{axes} divides rows that lie in {count} pieces: {dim}",
-        why=f"{name}: fully_shard cuts what a rank holds in consecutive slices, which would end anywhere in a piece: "
-        "no placement says which rows they are",
-        locations=(entry.location,),
-        advice=(f"put {axes} on another dim, or leave it off",),
-    )
 
 
 def uneven_storage(stored: Storage, rows: int, mesh: Mesh) -> bool:
@@ -220,7 +229,7 @@ def divisors(
         place = entry.location
         for factor in dim.factors:
             own = tuple(axis for axis in factor.axes if axis in live)
-            size = length if len(dim.factors) == 1 else factor.size or known.get(factor.name)
+            size = length if len(dim.factors) == 1 else _size(factor, known)
             if own and size is not None:
                 yield Constraint(own, size, factor.name, name, place)
         if live:
@@ -235,15 +244,19 @@ def _digits(
     """The digits of one dim, or the factor that does not divide with its size (and whether the size is known)."""
     if not live:
         return [length], None
+    if dim.counts and any(axis in live for axis in dim.all_axes if axis not in dim.axes):
+        return _sum_digits(dim, length, live, known, mesh)
     digits: list[Digit] = []
     rest = length
-    last = max((i for i, factor in enumerate(dim.factors) if any(axis in live for axis in factor.axes)), default=-1)
-    for index, factor in enumerate(dim.factors[: last + 1]):
+    # Where no part of a direct sum is split, its axes split it as one run of rows.
+    factors = () if dim.counts else dim.factors
+    last = max((i for i, factor in enumerate(factors) if any(axis in live for axis in factor.axes)), default=-1)
+    for index, factor in enumerate(factors[: last + 1]):
         axes = tuple(axis for axis in factor.axes if axis in live)
-        size = factor.size or known.get(factor.name)
+        size = _size(factor, known)
         if size is None and index < last:
             return [length], (factor.name, 0, False)
-        size = rest if size is None or len(dim.factors) == 1 else size
+        size = rest if size is None or len(factors) == 1 else size
         share = degree(mesh, axes)
         if size % share or rest % size:
             return [length], (factor.name or "the dim", size, True)
@@ -261,6 +274,25 @@ def _digits(
     return [*digits, *group, rest // degree(mesh, group)], None
 
 
+def _sum_digits(
+    dim: Dim, length: int, live: Sequence[str], known: Mapping[str, int], mesh: Mesh
+) -> tuple[list[Digit], tuple[str, int, bool] | None]:
+    """The digits of a direct sum whose parts are split: of each part, one after another."""
+    parts: list[DimLayout] = []
+    for factors in dim.parts:
+        whole = 1
+        for factor in factors:
+            size = _size(factor, known)
+            if size is None:
+                return [length], (factor.name, 0, False)
+            whole *= size
+        digits, error = _digits(Dim(factors, grouped=True), whole, live, known, mesh)
+        if error:
+            return [length], error
+        parts.append(canonical(digits))
+    return list(direct_sum(parts)), None
+
+
 def _uneven(
     entry: Entry,
     name: str,
@@ -276,7 +308,12 @@ def _uneven(
         return Diagnostic(
             code="SS215",
             what=f"nothing tells the size of {factor} in {dim}",
-            why=f"{name}: the factors before the split one need a size",
+            why=f"{name}: "
+            + (
+                "the factors of a direct sum need a size"
+                if dim.counts
+                else "the factors before the split one need a size"
+            ),
             locations=(entry.location,),
             advice=(f'give sizes={{"{factor}": ...}} in the table',),
         )

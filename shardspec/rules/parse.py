@@ -183,6 +183,7 @@ def _check_axes(rule: Rule, spec: Spec) -> Iterator[Diagnostic]:
             why=f"an axis splits one factor of a tensor; here it stands {spec.axes.count(axis)} times",
             locations=(rule.location,),
         )
+    yield from _check_sums(rule, spec)
     forbidden = {"params": ("dp", "pp"), "activations": ("pp",)}[rule.kind]
     for axis in forbidden:
         if axis in spec.axes:
@@ -194,6 +195,22 @@ def _check_axes(rule: Rule, spec: Spec) -> Iterator[Diagnostic]:
             yield Diagnostic(code="SS208", what=f"{axis} on {what}", why=reason, locations=(rule.location,))
     if rule.kind == "params":
         yield from _check_storage(rule, spec)
+
+
+def _check_sums(rule: Rule, spec: Spec) -> Iterator[Diagnostic]:
+    """SS207 for an axis that splits a whole direct sum whose parts are split, other than for storage."""
+    for dim in spec.dims:
+        inner = dim.all_axes[: len(dim.all_axes) - len(dim.axes)] if dim.counts else ()
+        outer = [axis for axis in dim.axes if not (rule.kind == "params" and axis in STORAGE_AXES)]
+        if inner and outer:
+            yield Diagnostic(
+                code="SS207",
+                what=f"{outer[0]} splits a direct sum whose parts are split over {', '.join(inner)}",
+                why=f"consecutive rows of what {', '.join(inner)} left end anywhere in a part; only how a parameter is "
+                "stored may be divided so",
+                locations=(rule.location,),
+                advice=(f"put {outer[0]} on a factor of every part",),
+            )
 
 
 def _check_storage(rule: Rule, spec: Spec) -> Iterator[Diagnostic]:

@@ -9,12 +9,16 @@ from shardspec.layout import (
     CutError,
     DimLayout,
     Layout,
+    Sizes,
     canonical,
     dim_axes,
     dim_text,
+    direct_sum,
     flatten,
     global_size,
+    is_sum,
     local_size,
+    parts_of,
     split,
 )
 from shardspec.rules.operator import COPY, JOINT, PRODUCT, Call, Label, Refusal, Type, Typed, dim_index, rule, unify
@@ -70,7 +74,7 @@ def view(call: Call) -> Typed:
             raise _cut(call, error, one, two) from error
         for j, part in zip(two, parts, strict=True):
             dims[j] = part
-            divides += cuts(part, after[j]) if len(two) > 1 else []
+            divides += cuts(part, call.sizes) if len(two) > 1 else []
         if all(i in kind.uniform for i in one):
             same.update(two)
             still.update(one)
@@ -106,20 +110,30 @@ def squeeze(call: Call) -> Typed:
     return view(call)
 
 
-def cuts(part: DimLayout, length: int) -> list[tuple[tuple[str, ...], int]]:
-    """What must divide `length` for a cut dim to hold its axes, whatever their sizes."""
-    axes = dim_axes(part)
+def cuts(dim: DimLayout, sizes: Sizes) -> list[tuple[tuple[str, ...], int]]:
+    """What must divide the length of a cut dim, or of each part of it, to hold its axes, whatever their sizes."""
+    axes = dim_axes(dim)
     if not axes:
         return []
-    prefix = local_size(part[: part.index(axes[0])])
-    return [(axes, length // prefix)]
+    return [(axes, global_size(part[part.index(axes[0]) :], sizes)) for part in parts_of(dim)]
 
 
 def _cut(call: Call, error: CutError, one: Sequence[int], two: Sequence[int]) -> Refusal:
     axis = error.axis
-    digits = flatten(call.types[0].layout.dims[i] for i in one)
+    held = [call.types[0].layout.dims[i] for i in one]
     lengths = [call.out().shape[j] for j in two]
     degree = call.sizes[axis]
+    if any(map(is_sum, held)):
+        shapes = " x ".join(str(call.shape(0)[i]) for i in one), " x ".join(map(str, lengths))
+        return Refusal(
+            "SS301",
+            f"the view of {shapes[0]} as {shapes[1]} cuts through a direct sum over {axis}={degree}",
+            f"{' x '.join(map(dim_text, held))}: {error}\nonly whole minor dims can be cut off all its parts alike, or "
+            "put behind it",
+            operands=(0,),
+            axis=axis,
+        )
+    digits = flatten(held)
     position = _cut_dim(digits, lengths, axis, call)
     what = f"a dim of {lengths[position]} cannot be split over {axis}={degree}"
     why = (
@@ -168,7 +182,10 @@ def repeat(call: Call) -> Typed:
     """Copies of a dim one after another: one more digit before its own; new dims and those of one are uniform."""
     kind, before, repeats = call.types[0], call.shape(0), [int(count) for count in call.named["repeats"]]
     new = len(repeats) - len(before)
-    dims = [canonical((count, *digits)) for count, digits in zip(repeats, ((),) * new + kind.layout.dims, strict=True)]
+    dims = [
+        direct_sum([digits] * count) if is_sum(digits) else canonical((count, *digits))
+        for count, digits in zip(repeats, ((),) * new + kind.layout.dims, strict=True)
+    ]
     same = {i for i in range(len(dims)) if i < new or before[i - new] == 1 or i - new in kind.uniform}
     still = {i - new for i in same if i >= new and repeats[i] == 1}
     out = Type(Layout(tuple(dims), kind.layout.pending), frozenset(same))
@@ -229,18 +246,31 @@ def _part(call: Call, dim: int, start: int, length: int) -> tuple[DimLayout, int
         return canonical((length,)), start
     if start == 0 and length == whole:
         return digits, 0
-    suffix = _suffix(digits)
-    step = global_size(suffix, call.sizes)
-    if start % step or length % step:
-        axis = dim_axes(digits)[0]
-        raise Refusal(
-            "SS304",
-            f"{call.node.op} takes {length} of {whole} from dim {dim}, which is split over {axis}",
-            why=f"each rank holds {dim_text(digits)}: the rows asked for lie on some ranks only",
-            operands=(0,),
-            axis=axis,
-        )
-    return canonical((length // step, *suffix)), start // step * local_size(suffix)
+    taken: list[DimLayout] = []
+    position = local = 0
+    first: int | None = None
+    for part in parts_of(digits):
+        suffix = _suffix(part)
+        step = global_size(suffix, call.sizes)
+        end = position + global_size(part, call.sizes)
+        low, high = max(start, position) - position, min(start + length, end) - position
+        if low < high and (low % step or high % step):
+            break
+        if low < high:
+            taken.append(canonical(((high - low) // step, *suffix)))
+            first = local + low // step * local_size(suffix) if first is None else first
+        position, local = end, local + local_size(part)
+    else:
+        if first is not None:
+            return direct_sum(taken), first
+    axis = dim_axes(digits)[0]
+    raise Refusal(
+        "SS304",
+        f"{call.node.op} takes {length} of {whole} from dim {dim}, which is split over {axis}",
+        why=f"each rank holds {dim_text(digits)}: the rows asked for lie on some ranks only",
+        operands=(0,),
+        axis=axis,
+    )
 
 
 def _with_dim(kind: Type, dim: int, digits: DimLayout | None) -> Type:
@@ -355,7 +385,7 @@ def _joined(call: Call, dim: int, names: list[list[Label]], out: list[Label], wh
 
 @rule(aten.cat.default, aten.concat.default)
 def cat(call: Call) -> Typed:
-    """Parts joined along a dim, which must be whole in each."""
+    """Parts joined along a dim, which is whole in each, or split over the same axes: then a direct sum of them."""
     rank = len(call.out().shape)
     dim = dim_index(call.named.get("dim") or 0, rank)
     names: list[list[Label]] = [
@@ -363,7 +393,17 @@ def cat(call: Call) -> Typed:
         for operand in range(len(call.types))
     ]
     out: list[Label] = ["joined" if index == dim else index for index in range(rank)]
-    return _joined(call, dim, names, out, [("part", operand) for operand in range(len(call.types))])
+    parts = [kind.layout.dims[dim] for kind in call.types if len(kind.layout.dims) == rank]
+    axes = {dim_axes(part) for part in parts}
+    if len(parts) < len(call.types) or len(axes) > 1 or axes == {()}:
+        return _joined(call, dim, names, out, [("part", operand) for operand in range(len(call.types))])
+    # Each rank joins its shares; beside them the operands are typed as if the dim were not there.
+    rest = Call(call.node, call.values, tuple(_with_dim(kind, dim, ()) for kind in call.types), call.sizes, call.refs)
+    for labels in (*names, out):
+        labels[dim] = None
+    typed = unify(rest, names, [out], linear=JOINT)
+    consumed = [_with_dim(kind, dim, part) for kind, part in zip(typed.consumed, parts, strict=True)]
+    return Typed((_with_dim(typed.outputs[0], dim, direct_sum(parts)),), tuple(_read_whole(k, dim) for k in consumed))
 
 
 @rule(aten.stack.default)

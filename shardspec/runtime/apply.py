@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from shardspec.layout import Layout
+from shardspec.layout import Layout, dim_axes
 from shardspec.mesh import Mesh
 from shardspec.placement import digits_index
 from shardspec.plan import ParamPlan, UnitPlan
@@ -191,7 +191,7 @@ def _localise(module: nn.Module, params: Mapping[str, ParamPlan], fabric: Fabric
 def local_part(tensor: Tensor, layout: Layout, coordinate: Mapping[str, int], mesh: Mesh) -> Tensor:
     """A rank's part of a whole tensor."""
     for dim, digits in enumerate(layout.dims):
-        if any(isinstance(digit, str) for digit in digits):
+        if dim_axes(digits):
             tensor = tensor.index_select(dim, digits_index(digits, coordinate, mesh).to(tensor.device))
     return tensor
 

@@ -53,7 +53,9 @@ def slice_(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
     """[.., outer * n * inner, ..] -> this rank's [.., outer * inner, ..]."""
     n, place = fabric.mesh[move.axis], fabric.coordinate[move.axis]
     if move.runs:
-        return torch.cat([run.chunk(n, move.dim)[place] for run in _whole_runs(tensor, move.dim, move.runs, n)], move.dim)
+        return torch.cat(
+            [run.chunk(n, move.dim)[place] for run in _whole_runs(tensor, move.dim, move.runs, n)], move.dim
+        )
     if move.outer == 1:
         return tensor.chunk(n, move.dim)[place].contiguous()
     return _take(tensor, move.dim, move.outer, n)[place].contiguous()

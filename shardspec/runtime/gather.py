@@ -1,11 +1,16 @@
 """Put a sharded tensor together from its placements: `ss.full`."""
 
+import itertools
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from shardspec.layout import global_size
+from shardspec.mesh import Mesh
+from shardspec.placement import RankMajor
 from shardspec.torch_private import local_of
 
 
@@ -21,13 +26,16 @@ def gather(tensor: Tensor) -> Tensor:
         kept = [Replicate() if placement.is_partial() else placement for placement in tensor.placements]
         tensor = tensor.redistribute(placements=kept)
     local, mesh, found = local_of(tensor).detach(), tensor.device_mesh, _rows(tensor)
-    if all(rows is None for rows in found):
+    shared = {placement.dim: placement for placement in tensor.placements if isinstance(placement, RankMajor)}
+    if all(rows is None for rows in found) and not shared:
         return local.clone()  # a step would write to the state's own
     for position, rows in reversed(list(enumerate(found))):
         if rows is None:
             continue
         dim, every, length = rows
         local = _gather_dim(local, dim, every, length, mesh, position)
+    for placement in shared.values():
+        local = _gather_rank_major(local, placement, tensor.shape[placement.dim], mesh)
     return local
 
 
@@ -40,7 +48,41 @@ def positions(tensor: DTensor) -> tuple[Tensor, ...]:
         if rows is not None:
             dim, every, _ = rows
             index[dim] = index[dim][every[mine]]
+    names, sizes = tensor.device_mesh.mesh_dim_names or (), tensor.device_mesh.shape
+    for placement in tensor.placements:
+        if isinstance(placement, RankMajor):
+            mesh = Mesh(**dict(zip(names, sizes, strict=True)))  # pyright: ignore[reportArgumentType]
+            index[placement.dim] = placement.rows(dict(zip(names, place, strict=True)), mesh)
     return tuple(index)
+
+
+def _gather_rank_major(local: Tensor, placement: RankMajor, length: int, device_mesh: DeviceMesh) -> Tensor:
+    """Put every rank's rows where they belong in the whole.
+
+    Raises:
+        ValueError: for a tensor whose dim has another length than the placement describes.
+    """
+    names, dim = device_mesh.mesh_dim_names or (), placement.dim
+    sizes = {name: device_mesh.size(position) for position, name in enumerate(names)}
+    mesh = Mesh(**sizes)  # pyright: ignore[reportArgumentType]
+    if global_size(placement.digits, sizes) != length:
+        raise ValueError(
+            f"dim {dim} has {length} rows, and {placement} describes {global_size(placement.digits, sizes)}"
+        )
+    places = itertools.product(*(range(sizes[axis]) for axis in placement.axes))
+    every = [placement.rows(dict(zip(placement.axes, place, strict=True)), mesh) for place in places]
+    shape = list(local.shape)
+    shape[dim] = max(map(len, every))
+    parts = local.new_zeros(shape)
+    parts.narrow(dim, 0, local.shape[dim]).copy_(local)
+    for axis in reversed(placement.axes):
+        held = [torch.empty_like(parts) for _ in range(sizes[axis])]
+        dist.all_gather(held, parts, group=device_mesh.get_group(axis))
+        parts = torch.stack(held)
+    whole = local.new_empty((*local.shape[:dim], length, *local.shape[dim + 1 :]))
+    for rows, part in zip(every, parts.reshape(-1, *shape), strict=True):
+        whole.index_copy_(dim, rows.to(whole.device), part.narrow(dim, 0, len(rows)))
+    return whole
 
 
 def _rows(tensor: DTensor) -> list[tuple[int, list[Tensor], int] | None]:

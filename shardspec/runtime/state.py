@@ -10,12 +10,12 @@ from torch.distributed.tensor import DTensor
 
 from shardspec.diagnostics import DonatedError
 from shardspec.runtime.optim import Optimizer
+from shardspec.runtime.rank_major import state_view
 from shardspec.torch_private import (
     disabled_torch_function,
     local_of,
     make_wrapper_subclass,
     replace_local,
-    view_as_dtensor,
 )
 
 Specs = Mapping[str, Any]
@@ -45,7 +45,7 @@ class Store:
         """FQN -> DTensor over the same storage; made when first asked for."""
         if self.views is None:
             self.views = {
-                name: view_as_dtensor(local, self.specs[name]) if name in self.specs else local
+                name: state_view(local, self.specs[name]) if name in self.specs else local
                 for name, local in self.locals.items()
             }
         return self.views

@@ -16,9 +16,10 @@ from shardspec.mesh import degree
 from shardspec.plan import LossPlan, ParamPlan, Plan
 from shardspec.runtime.attach import Local
 from shardspec.runtime.failure import explain
+from shardspec.runtime.rank_major import state_view
 from shardspec.runtime.sharded import Batch, LossFn, Sharded
 from shardspec.runtime.state import Finite, Metric, OptState, Store, TrainState, copy_tree, next_rng
-from shardspec.torch_private import foreach_copy_, foreach_norm, view_as_dtensor
+from shardspec.torch_private import foreach_copy_, foreach_norm
 
 Metrics = dict[str, Tensor]
 
@@ -324,9 +325,7 @@ def value_and_grad(sharded: Sharded, loss_fn: LossFn) -> Callable[..., Any]:
             total, weight, _ = reduce_scalars(sharded, plan.loss, sums, None)
         weight = divisor(weight, sums)
         sharded.local.clear_gradients()
-        scaled = {
-            name: view_as_dtensor(grad / weight.to(grad.dtype), sharded.specs[name]) for name, grad in grads.items()
-        }
+        scaled = {name: state_view(grad / weight.to(grad.dtype), sharded.specs[name]) for name, grad in grads.items()}
         loss = total / weight
         return (loss, {"loss": loss, "weight": weight}), scaled
 
