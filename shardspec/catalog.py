@@ -145,7 +145,8 @@ heads, and the rows of the rotary tables are not the sequence. Names cost nothin
         explanation="""\
 An axis splits one factor of a tensor. On two dims at once, rank i would hold block (i, i) alone: the
 blocks off the diagonal would be nowhere. The same axis as `@axis` and as `+axis` contradicts itself.
-To split a matrix on both dims, use two axes.""",
+To split a matrix on both dims, use two axes. The parts of a direct sum are split over the same axes, each
+for itself; what else stands on the sum may only store a parameter.""",
         wrong='r"layers\\.\\d+\\.attention\\.wo\\.weight": "D@tp (H@tp hd)"',
         right='r"layers\\.\\d+\\.attention\\.wo\\.weight": "D@fsdp (H@tp hd)"',
     ),
@@ -165,9 +166,8 @@ before anything reads them.""",
         title="a parameter cannot be stored so",
         explanation="""\
 `fully_shard` keeps consecutive rows of one dim, of what tp has left. So the storage axes of a parameter
-stand on one dim, behind the compute axes, and on a whole group rather than inside it; and the rows that a
-rank holds must be one run, or no placement can say which they are. Buffers are never stored in parts,
-for nothing gathers them.""",
+stand on one dim, behind the compute axes, and on a whole group or direct sum rather than inside it. Buffers
+are never stored in parts, for nothing gathers them.""",
         wrong='r"tok_embeddings\\.weight": "V@(fsdp,tp) D"      r"...wq\\.weight": "(H@(tp,fsdp) hd) D"',
         right='r"tok_embeddings\\.weight": "V@(tp,fsdp) D"      r"...wq\\.weight": "(H@tp hd)@fsdp D"',
     ),

@@ -20,6 +20,7 @@ from shardspec.infer import (
 )
 from shardspec.layout import Layout, dim_axes, gathered
 from shardspec.mesh import AXES, BATCH_AXES
+from shardspec.packed import as_partners, in_parts
 from shardspec.program import Node, Ref, tensors
 from shardspec.rules.match import as_pattern, fold
 from shardspec.rules.parse import STORAGE_AXES, Entry, MeshEdit, RuleEdit, change, without_axes
@@ -124,8 +125,10 @@ def _edits(stop: Stop, axis: str, inference: Inference, claims: Claims, issue: I
     if stop.carries(axis) or axis in spec.axes:
         if stop.entry.rule.kind == "params":
             yield from _put_first(stop.entry, spec, axis)
+        if refusal.code == "SS302" and stop.source:
+            yield from as_partners(stop, issue, axis)
         if refusal.code == "SS304" and stop.source:
-            yield from _in_parts(stop, issue, claims)
+            yield from in_parts(issue, claims)
         yield change(stop.entry, without_axes(spec, (axis,)))
         if stop.entry.rule.kind == "params":
             yield from _put_elsewhere(stop.entry, without_axes(spec, (axis,)), axis)
@@ -136,45 +139,13 @@ def _edits(stop: Stop, axis: str, inference: Inference, claims: Claims, issue: I
             yield change(stop.entry, evolve(bare, pending=(*bare.pending, axis)))
     # A whole operand beside a split one: lay it out as its partner is, along the factor of the same name.
     for partner in issue.trail:
-        for factor in factors_with(partner.entry, axis):
+        for factor in dict.fromkeys(factors_with(partner.entry, axis)):
             if any(factor == own.name for dim in spec.dims for own in dim.factors):
                 first = stop.entry.rule.kind == "params"
                 yield change(stop.entry, with_axis(spec, factor, axis, first=first))
     if stop.entry.rule.kind == "params":
+        yield from as_partners(stop, issue, axis)
         yield from _put_elsewhere(stop.entry, spec, axis)
-
-
-def _in_parts(stop: Stop, issue: Issue, claims: Claims) -> Iterator[RuleEdit]:
-    """A dim that is cut in equal parts as a group of them: `G@tp` in two is `(2 F@tp)`; storage goes elsewhere."""
-    node = issue.typed.graph.nodes[issue.node]
-    count = len(node.outputs)
-    entry, axis = stop.entry, issue.refusal.axis
-    if entry is None or count < 2:
-        return
-    bare = without_axes(entry.spec, STORAGE_AXES)
-    stored = tuple(name for name in entry.spec.axes if name in STORAGE_AXES)
-    for index, (dim, length) in enumerate(zip(bare.dims, stop.shape, strict=False)):
-        if len(dim.factors) != 1 or axis not in dim.all_axes or length % count:
-            continue
-        own = dim.factors[0]
-        names = [name for name, size in claims.sizes.known.items() if size == length // count]
-        for name in names[:2] or [own.name + "_"]:
-            dims = list(bare.dims)
-            dims[index] = Dim((Factor("", count), Factor(name, None, own.axes)), grouped=True)
-            other = 1 - index if len(dims) == 2 else index
-            dims[other] = (
-                evolve(dims[other], axes=(*dims[other].axes, *stored))
-                if other == index
-                else _stored(dims[other], stored)
-            )
-            yield change(entry, evolve(bare, dims=tuple(dims)))
-
-
-def _stored(dim: Dim, axes: tuple[str, ...]) -> Dim:
-    """The dim with storage axes behind its own."""
-    if dim.grouped:
-        return evolve(dim, axes=(*dim.axes, *axes))
-    return evolve(dim, factors=(evolve(dim.factors[0], axes=(*dim.factors[0].axes, *axes)),))
 
 
 def _put_first(entry: Entry, spec: Spec, axis: str) -> Iterator[RuleEdit]:

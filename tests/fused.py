@@ -61,6 +61,13 @@ class NamedAttention(FusedAttention):
         return super().cut(ss.name(ss.name(qkv, "qkv") * 1.0, "again"))
 
 
+class FlattenedAttention(FusedAttention):
+    """The same, with a view on the way that merges the packed dim with the sequence."""
+
+    def cut(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        return super().cut(qkv.flatten(1).view(qkv.shape))
+
+
 class WrittenAttention(FusedAttention):
     """The same with its sizes written down."""
 

@@ -20,7 +20,7 @@ LAYERS = (
         "rules.attention rules.contraction rules.index rules.loss rules.pointwise rules.random rules.reduction "
         "rules.scatter rules.spatial rules.view"
     ),
-    "rules.match rules.fit rules.convolution",
+    "rules.match rules.fit rules.convolution rules.join",
     "survey",
     "kin",
     "tracing infer plan",
@@ -28,7 +28,7 @@ LAYERS = (
     "recording cotangent placement units report artifact picture",
     "difference page",
     "stages",
-    "dryrun",
+    "dryrun packed",
     "arguments claims lower fixes explain",
     "hazards batch typecheck",
     "compiler",

@@ -11,17 +11,20 @@ from hypothesis import strategies as st
 from shardspec.layout import (
     CutError,
     Layout,
+    Sum,
     canonical,
     dim_axes,
     dim_text,
+    direct_sum,
     flatten,
     global_size,
     local_size,
+    parts_of,
     replicated,
     split,
     with_pending,
 )
-from tests.strategies import a_dim, a_layout, a_mesh, merge, primes
+from tests.strategies import a_dim, a_layout, a_mesh, a_sum, merge, primes
 
 RANDOM = st.randoms(use_true_random=False)
 
@@ -33,7 +36,13 @@ def ranks(sizes):
 
 
 def held(length: int, dim: tuple, place: dict, sizes: dict) -> np.ndarray:
-    """The indices that a rank holds of a dim: the dim as an array of its digits, its own index at each axis."""
+    """The indices that a rank holds of a dim: the dim as an array of its digits, its own index at each axis; of a
+    direct sum, those of each part, which starts where the one before it ends."""
+    if dim and isinstance(dim[0], Sum):
+        lengths = [prod(sizes[one] if isinstance(one, str) else one for one in part) for part in dim[0].parts]
+        assert sum(lengths) == length
+        parts = zip(np.cumsum([0, *lengths]), lengths, dim[0].parts, strict=False)
+        return np.concatenate([start + held(size, part, place, sizes) for start, size, part in parts])
     digits = np.arange(length).reshape([sizes[digit] if isinstance(digit, str) else digit for digit in dim])
     return digits[tuple(place[digit] if isinstance(digit, str) else slice(None) for digit in dim)].reshape(-1)
 
@@ -191,6 +200,101 @@ def test_a_cut_through_an_axis_names_it(dim, lengths, axis):
     assert caught.value.axis == axis
 
 
+# Direct sums
+
+
+@given(RANDOM)
+@settings(max_examples=150, deadline=None)
+def test_a_direct_sum_has_one_form_however_it_is_made(rng):
+    """Law: parts that are cut anywhere between two of their runs, and summed again, are the same dim; a rank holds its
+    rows of each part, and as many as the local size says."""
+    sizes = a_mesh(rng)
+    dim = a_sum(rng, primes(rng, 5, 1), list(sizes), sizes)
+    pieces = []
+    for part in parts_of(dim):
+        count, *run = part if part and isinstance(part[0], int) and len(part) > 1 else (1, *part)
+        first = rng.randint(0, count)
+        pieces += [canonical((number, *run)) for number in (first, count - first) if number]
+    assert direct_sum(pieces) == dim
+    assert direct_sum([direct_sum(pieces[:1]), direct_sum(pieces)]) == direct_sum([pieces[0], dim])
+    length = global_size(dim, sizes)
+    parts = [held(length, dim, place, sizes) for place in ranks(sizes)]
+    assert {len(part) for part in parts} == {local_size(dim)}
+    assert all((np.diff(part) > 0).all() for part in parts)
+    assert set(np.concatenate(parts)) == set(range(length))
+
+
+@given(RANDOM)
+@settings(max_examples=150, deadline=None)
+def test_different_direct_sums_hold_different_rows(rng):
+    """Law: two dims are equal tuples exactly where every rank holds the same rows under both."""
+    sizes = {"tp": rng.choice((2, 3))}
+    factors = primes(rng, 3, 1)
+    one, two = (a_sum(rng, [*factors, sizes["tp"]], ["tp"], sizes) for _ in range(2))
+    length = global_size(one, sizes)
+    same = all(np.array_equal(held(length, one, p, sizes), held(length, two, p, sizes)) for p in ranks(sizes))
+    assert (one == two) == same
+
+
+@given(RANDOM)
+@settings(max_examples=150, deadline=None)
+def test_a_direct_sum_is_cut_and_flattened_as_every_part_of_it(rng):
+    """Law: `flatten` puts whole dims behind a direct sum, and `split` cuts them off again."""
+    sizes = a_mesh(rng)
+    free = list(sizes)
+    dim, behind = a_sum(rng, primes(rng, 4, 1), free, sizes), a_dim(rng, primes(rng, 2), [], sizes, eager=0)
+    lengths = [global_size(dim, sizes), global_size(behind, sizes)]
+    whole = np.arange(prod(lengths)).reshape(lengths)
+    flat = flatten([dim, behind])
+    for place in ranks(sizes):
+        part = whole[np.ix_(held(lengths[0], dim, place, sizes), held(lengths[1], behind, place, sizes))]
+        assert held(whole.size, flat, place, sizes).tolist() == part.reshape(-1).tolist()
+    assert split(flat, lengths, sizes) == (dim, behind)
+    assert split(flat, [1, lengths[0], 1, lengths[1]], sizes) == ((), dim, (), behind)
+
+
+SUMMED = (Sum((("tp", 8), (2, "tp", 4))),)
+
+
+@pytest.mark.parametrize(
+    ("parts", "dim"),
+    [
+        ([("tp", 8), ("tp", 4), ("tp", 4)], SUMMED),
+        ([("tp", 8), (2, "tp", 4)], SUMMED),
+        ([SUMMED], SUMMED),
+        ([("tp", 4), ("tp", 4)], (2, "tp", 4)),
+        ([("tp", 4)], ("tp", 4)),
+        ([(8,), (4,)], (12,)),
+        ([(), ()], (2,)),
+        ([("tp",), ("tp",)], (2, "tp")),
+        ([(2, "tp", 4), ("tp", 4)], (3, "tp", 4)),
+        ([SUMMED, ("tp", 4)], (Sum((("tp", 8), (3, "tp", 4))),)),
+    ],
+)
+def test_a_known_direct_sum(parts, dim):
+    assert direct_sum(parts) == dim
+
+
+@pytest.mark.parametrize(
+    ("dim", "lengths", "message"),
+    [
+        (SUMMED, (2, 16), "the parts would be cut differently"),
+        (SUMMED, (4, 8), "the parts would be cut differently"),
+        ((Sum((("tp", 4), ("tp", 2))),), (4, 3), "3 does not divide the part of 8"),
+        ((Sum((("tp", 6), ("tp", 3))),), (3, 6), "6 is not a multiple|6 and 3 do not|is left over|cut differently"),
+    ],
+)
+def test_a_direct_sum_is_not_cut_within_its_parts(dim, lengths, message):
+    with pytest.raises(CutError, match=message) as caught:
+        split(dim, lengths, {"tp": 2})
+    assert caught.value.axis == "tp"
+
+
+def test_a_direct_sum_behind_another_dim_is_no_dim():
+    with pytest.raises(CutError, match=r"the direct sum \(8@tp \+ 4@tp \+ 4@tp\) lies behind another dim"):
+        flatten([(2,), SUMMED])
+
+
 # Layouts
 
 
@@ -225,6 +329,8 @@ def test_layouts_are_values_with_their_pending_axes_sorted():
         ((2, "tp", 64), "2.tp.64"),
         ((2, "tp"), "2.tp"),
         (("dp", 2, "tp"), "dp.2.tp"),
+        ((Sum((("tp", 8), (2, "tp", 4))),), "(8@tp + 4@tp + 4@tp)"),
+        ((Sum(((9, "tp", 8), ("tp", 4))),), "(9.tp.8 + 4@tp)"),
     ],
 )
 def test_a_dim_reads_as(dim, text):

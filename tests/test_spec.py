@@ -36,6 +36,13 @@ def dim(name: str, *axes: str) -> Dim:
         ("B@dp ...", Spec((dim("B", "dp"),), (), 1)),
         ("B ... D@tp", Spec((dim("B"), dim("D", "tp")), (), 1)),
         ("... D +tp", Spec((dim("D"),), ("tp",), 0)),
+        # Direct sums.
+        ("(H + K)", Spec((Dim((factor("H"), factor("K")), (), True, (1, 1)),))),
+        ("(H@tp hd + K@tp hd + 2 K@tp)@fsdp D",
+         Spec((Dim((factor("H", "tp"), factor("hd"), factor("K", "tp"), factor("hd"), factor(size=2),
+                    factor("K", "tp")), ("fsdp",), True, (2, 2, 2)), dim("D")))),
+        ("(a@(dp,tp)+b@(dp,tp)) +cp", Spec((Dim((factor("a", "dp", "tp"), factor("b", "dp", "tp")), (), True, (1, 1)),),
+                                           ("cp",))),
         # Spaces are free.
         ("  V @ ( tp , fsdp )  D ", Spec((dim("V", "tp", "fsdp"), dim("D")))),
         ("(H@tp hd)@fsdp(K V)", Spec((Dim((factor("H", "tp"), factor("hd")), ("fsdp",), True),
@@ -56,13 +63,35 @@ def test_the_axes_of_a_spec_are_told_in_reading_order():
     assert spec.dims[0].all_axes == ("tp", "fsdp", "cp")
 
 
+def test_the_axes_of_a_direct_sum_are_those_of_each_of_its_parts():
+    spec = parse("D (H@(cp,tp) hd + K@(cp,tp) hd)@fsdp")
+    assert spec.axes == ("cp", "tp", "fsdp")
+    assert [[one.name for one in part] for part in spec.dims[1].parts] == [["H", "hd"], ["K", "hd"]]
+    assert [[one.name for one in part] for part in spec.dims[0].parts] == [["D"]]
+
+
 NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,3}", fullmatch=True)
 AXIS_LISTS = st.lists(st.sampled_from(AXES), max_size=3).map(tuple)
 NAMED = st.builds(Factor, NAMES, st.none(), AXIS_LISTS)
 NUMBERS = st.builds(Factor, st.just(""), st.integers(0, 999), st.just(()))
 FACTORS = NAMED | NUMBERS
-DIMS = st.builds(Dim, FACTORS.map(lambda one: (one,))) | st.builds(
-    Dim, st.lists(FACTORS, min_size=1, max_size=3).map(tuple), AXIS_LISTS, st.just(True)
+
+
+@st.composite
+def sums(draw) -> Dim:
+    """Parts that are split over the same axes, by one of the factors of each."""
+    axes, parts = draw(AXIS_LISTS), []
+    for _ in range(draw(st.integers(2, 4))):
+        bare = [Factor(one.name, one.size) for one in draw(st.lists(FACTORS, max_size=2))]
+        bare.insert(draw(st.integers(0, len(bare))), Factor(draw(NAMES), None, axes))
+        parts.append(tuple(bare))
+    return Dim(tuple(one for part in parts for one in part), draw(AXIS_LISTS), True, tuple(map(len, parts)))
+
+
+DIMS = (
+    st.builds(Dim, FACTORS.map(lambda one: (one,)))
+    | st.builds(Dim, st.lists(FACTORS, min_size=1, max_size=3).map(tuple), AXIS_LISTS, st.just(True))
+    | sums()
 )
 
 
@@ -83,6 +112,9 @@ def test_what_a_spec_prints_parses_to_it(spec):
 def test_printing_is_stable(spec):
     """Law: str(parse(s)) == s for every s that was printed."""
     assert str(parse(str(spec))) == str(spec)
+
+
+ALIKE = "the parts of a direct sum are split alike"
 
 
 @pytest.mark.parametrize(
@@ -113,8 +145,18 @@ def test_printing_is_stable(spec):
         ("(H ...)", "'(H ...)': '...' at column 4 where ')' was expected"),
         ("2@tp", "'2@tp': the plain number 2 at column 1 cannot be split; give the factor a name"),
         ("D (2@tp F)", "'D (2@tp F)': the plain number 2 at column 4 cannot be split; give the factor a name"),
-        ("(H + K)",
-         "'(H + K)': '+' at column 4: a direct sum in a group is not part of the language yet; split the projection"),
+        ("(H +)", "'(H +)': ')' at column 5 where a factor's name was expected"),
+        ("(+ H)", "'(+ H)': '+' at column 2 where a factor's name was expected"),
+        ("(H + +tp)", "'(H + +tp)': '+' at column 6 where a factor's name was expected"),
+        ("(H +", "'(H +' ends where a factor's name was expected"),
+        ("(H + K", "'(H + K' ends where ')' was expected"),
+        ("(H@tp + (K))", "'(H@tp + (K))': '(' at column 9 where a factor's name was expected"),
+        ("(H@tp hd + K hd)",
+         f"'(H@tp hd + K hd)': {ALIKE}: 'H@tp hd' over tp, 'K hd' at column 12 over nothing"),
+        ("(H + K@tp)",
+         f"'(H + K@tp)': {ALIKE}: 'H' over nothing, 'K@tp' at column 6 over tp"),
+        ("(H@(cp,tp) + K@(tp,cp))",
+         f"'(H@(cp,tp) + K@(tp,cp))': {ALIKE}: 'H@(cp,tp)' over cp, tp, 'K@(tp,cp)' at column 14 over tp, cp"),
         ("V-D", "'V-D': cannot read '-' at column 2"),
         ("V   é!", "'V   é!': cannot read 'é' at column 5"),
         ("B .. D", "'B .. D': cannot read '.' at column 3"),

@@ -317,7 +317,8 @@ def _uneven(
             locations=(entry.location,),
             advice=(f'give sizes={{"{factor}": ...}} in the table',),
         )
-    own = [axis for other in dim.factors if other.name == factor for axis in other.axes if axis in live] or live
+    named = (axis for other in dim.factors if other.name == factor for axis in other.axes if axis in live)
+    own = list(dict.fromkeys(named)) or live
     share = degree(mesh, tuple(own))
     must = "what compute reads is split evenly"
     if storage:

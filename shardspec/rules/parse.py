@@ -200,8 +200,9 @@ def _check_axes(rule: Rule, spec: Spec) -> Iterator[Diagnostic]:
 def _check_sums(rule: Rule, spec: Spec) -> Iterator[Diagnostic]:
     """SS207 for an axis that splits a whole direct sum whose parts are split, other than for storage."""
     for dim in spec.dims:
+        storing = STORAGE_AXES if rule.kind == "params" else ()
         inner = dim.all_axes[: len(dim.all_axes) - len(dim.axes)] if dim.counts else ()
-        outer = [axis for axis in dim.axes if not (rule.kind == "params" and axis in STORAGE_AXES)]
+        outer = [axis for axis in dim.axes if axis not in storing]
         if inner and outer:
             yield Diagnostic(
                 code="SS207",

@@ -1,7 +1,6 @@
-"""Operators that move or cut dims and compute nothing: views, slices, joins."""
+"""Operators that move or cut dims and compute nothing: views, slices."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -21,7 +20,7 @@ from shardspec.layout import (
     parts_of,
     split,
 )
-from shardspec.rules.operator import COPY, JOINT, PRODUCT, Call, Label, Refusal, Type, Typed, dim_index, rule, unify
+from shardspec.rules.operator import COPY, PRODUCT, Call, Label, Refusal, Type, Typed, dim_index, rule, unify
 
 aten = torch.ops.aten
 
@@ -273,7 +272,7 @@ def _part(call: Call, dim: int, start: int, length: int) -> tuple[DimLayout, int
     )
 
 
-def _with_dim(kind: Type, dim: int, digits: DimLayout | None) -> Type:
+def with_dim(kind: Type, dim: int, digits: DimLayout | None) -> Type:
     """The type with another layout for one dim, or without the dim."""
     dims = list(kind.layout.dims)
     same = set(kind.uniform)
@@ -285,7 +284,8 @@ def _with_dim(kind: Type, dim: int, digits: DimLayout | None) -> Type:
     return Type(Layout(tuple(dims), kind.layout.pending), frozenset(same))
 
 
-def _read_whole(kind: Type, dim: int) -> Type:
+def read_whole(kind: Type, dim: int) -> Type:
+    """The type with a dim that is no longer uniform."""
     return Type(kind.layout, kind.uniform - {dim})
 
 
@@ -310,12 +310,12 @@ def slice_(call: Call) -> Typed:
     else:
         digits, local = _part(call, dim, start, length)
     kept = length == shape[dim]
-    out = _with_dim(kind, dim, digits)
+    out = with_dim(kind, dim, digits)
     if not kept:
-        out = _read_whole(out, dim)
+        out = read_whole(out, dim)
     # A negative start counts from the local end: it must name the same row there.
     expected = {"start": local, "end": ..., "length": local_size(digits)}
-    return Typed((out,), (kind if kept else _read_whole(kind, dim),), local=expected)
+    return Typed((out,), (kind if kept else read_whole(kind, dim),), local=expected)
 
 
 @rule(aten.select.int)
@@ -332,7 +332,7 @@ def select(call: Call) -> Typed:
             operands=(0,),
             axis=dim_axes(digits)[0],
         )
-    return Typed((_with_dim(kind, dim, None),), (_read_whole(kind, dim),))
+    return Typed((with_dim(kind, dim, None),), (read_whole(kind, dim),))
 
 
 @rule(
@@ -352,9 +352,9 @@ def split_(call: Call) -> Typed:
     for index in range(len(call.node.outputs)):
         length = call.out(index).shape[dim]
         digits, _ = _part(call, dim, start, length)
-        outputs.append(_read_whole(_with_dim(kind, dim, digits), dim))
+        outputs.append(read_whole(with_dim(kind, dim, digits), dim))
         start += length
-    return Typed(tuple(outputs), (_read_whole(kind, dim),), local={"split_size": ..., "split_sizes": ...})
+    return Typed(tuple(outputs), (read_whole(kind, dim),), local={"split_size": ..., "split_sizes": ...})
 
 
 @rule(aten.unbind.int)
@@ -362,7 +362,7 @@ def unbind(call: Call) -> Typed:
     """Each row of a dim, which must be whole."""
     dim = dim_index(call.named.get("dim") or 0, len(call.shape(0)))
     one = select_all(call, dim)
-    return Typed((one,) * len(call.node.outputs), (_read_whole(call.types[0], dim),))
+    return Typed((one,) * len(call.node.outputs), (read_whole(call.types[0], dim),))
 
 
 def select_all(call: Call, dim: int) -> Type:
@@ -375,46 +375,7 @@ def select_all(call: Call, dim: int) -> Type:
             operands=(0,),
             axis=dim_axes(digits)[0],
         )
-    return _with_dim(call.types[0], dim, None)
-
-
-def _joined(call: Call, dim: int, names: list[list[Label]], out: list[Label], whole: list[Any]) -> Typed:
-    sizes = {"joined": call.out().shape[dim]}
-    return unify(call, names, [out], linear=JOINT, whole=whole, out_sizes=sizes)
-
-
-@rule(aten.cat.default, aten.concat.default)
-def cat(call: Call) -> Typed:
-    """Parts joined along a dim, which is whole in each, or split over the same axes: then a direct sum of them."""
-    rank = len(call.out().shape)
-    dim = dim_index(call.named.get("dim") or 0, rank)
-    names: list[list[Label]] = [
-        [("part", operand) if index == dim else index for index in range(len(call.shape(operand)))]
-        for operand in range(len(call.types))
-    ]
-    out: list[Label] = ["joined" if index == dim else index for index in range(rank)]
-    parts = [kind.layout.dims[dim] for kind in call.types if len(kind.layout.dims) == rank]
-    axes = {dim_axes(part) for part in parts}
-    if len(parts) < len(call.types) or len(axes) > 1 or axes == {()}:
-        return _joined(call, dim, names, out, [("part", operand) for operand in range(len(call.types))])
-    # Each rank joins its shares; beside them the operands are typed as if the dim were not there.
-    rest = Call(call.node, call.values, tuple(_with_dim(kind, dim, ()) for kind in call.types), call.sizes, call.refs)
-    for labels in (*names, out):
-        labels[dim] = None
-    typed = unify(rest, names, [out], linear=JOINT)
-    consumed = [_with_dim(kind, dim, part) for kind, part in zip(typed.consumed, parts, strict=True)]
-    return Typed((_with_dim(typed.outputs[0], dim, direct_sum(parts)),), tuple(_read_whole(k, dim) for k in consumed))
-
-
-@rule(aten.stack.default)
-def stack(call: Call) -> Typed:
-    """Tensors of one shape joined along a new dim."""
-    rank = len(call.out().shape)
-    dim = dim_index(call.named.get("dim") or 0, rank)
-    names: list[list[Label]] = [list(range(rank - 1)) for _ in call.types]
-    out: list[Label] = list(range(rank - 1))
-    out.insert(dim, "joined")
-    return _joined(call, dim, names, out, [])
+    return with_dim(call.types[0], dim, None)
 
 
 @rule(aten.view_as_complex.default)

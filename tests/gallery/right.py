@@ -1,5 +1,6 @@
 """Right tables and models, none of which may be refused."""
 
+import functools
 from collections.abc import Callable
 
 import attrs
@@ -9,6 +10,7 @@ from torch import Tensor
 
 import shardspec as ss
 from models.llama.rules import RULES, WITHOUT_SP
+from tests import fused
 from tests.gallery import parts
 from tests.gallery.case import Case, llama, make_batch, with_parts
 
@@ -370,6 +372,52 @@ def gate_and_up_in_one_matrix():
         params={r"layers\.\d+\.feed_forward\.w13\.weight": "(2 F@tp) D@fsdp"},
     )
     return Case(model=with_parts(feed_forward=parts.HalvesOfOneProduct), rules=rules)
+
+
+@right
+def gate_and_up_in_one_matrix_stored_in_slices():
+    rules = RULES.override(
+        drop=[r"layers\.\d+\.feed_forward\.w[13]\.weight"],
+        params={r"layers\.\d+\.feed_forward\.w13\.weight": "(F@tp + F@tp)@fsdp D"},
+    )
+    return Case(model=with_parts(feed_forward=parts.HalvesOfOneProduct), rules=rules)
+
+
+@right
+def queries_keys_and_values_in_one_matrix():
+    return Case(model=fused.build, rules=fused.RULES, inputs=make_batch(8, 16))
+
+
+@right
+def queries_keys_and_values_in_one_matrix_cut_by_slices():
+    model = functools.partial(fused.build, fused.SlicedAttention)
+    return Case(model=model, rules=fused.WITHOUT_SP, inputs=make_batch(8, 16))
+
+
+@right
+def queries_keys_and_values_in_one_matrix_cut_into_heads_first():
+    model = functools.partial(fused.build, fused.HeadsAttention)
+    return Case(model=model, rules=fused.RULES, inputs=make_batch(8, 16), mesh="dp=2,tp=2")
+
+
+@right
+def head_counts_of_a_packed_product_told_by_sizes():
+    attributes = {r"layers\.\d+\.attention": {"n_heads": "x@tp", "n_kv_heads": "y@tp"}}
+    rules = fused.RULES.override(attributes=attributes, sizes={"H": 6, "K": 2})
+    return Case(model=fused.build, rules=rules, inputs=make_batch(8, 16))
+
+
+@right
+def a_packed_product_gathered_and_cut_again():
+    product = "B@(dp,fsdp) S@cp ({0} hd + {1} hd + {1} hd)"
+    rules = fused.RULES.override(
+        activations={
+            r"layers\.\d+\.attention\.qkv": product.format("H", "K"),
+            r"layers\.\d+\.attention\.again": product.format("H@tp", "K@tp"),
+        }
+    )
+    model = functools.partial(fused.build, fused.NamedAttention)
+    return Case(model=model, rules=rules, inputs=make_batch(8, 16))
 
 
 @right

@@ -2,6 +2,7 @@
 refused."""
 
 from collections.abc import Callable
+from typing import Any
 
 import attrs
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import shardspec as ss
 from models.llama.rules import RULES, WITHOUT_SP
+from tests import fused
 from tests.gallery import parts
 from tests.gallery.case import Case, llama, make_batch, with_parts
 
@@ -969,6 +971,79 @@ def a_batch_without_what_the_loss_reads():
 @wrong("SS401", "the batch has no entry tokens")
 def a_batch_without_what_forward_needs():
     return Case(inputs={"labels": torch.zeros(8, 128, dtype=torch.long)}, loss=None)
+
+
+# Packed projections
+
+
+def packed(kind: type[fused.FusedAttention] = fused.FusedAttention, weight: str = "", bias: str = "", **change: Any):
+    """The fused Llama under its table with other rules for the packed product of queries, keys and values."""
+    names = {r"layers\.\d+\.attention\.wqkv\.weight": weight, r"layers\.\d+\.attention\.wqkv\.bias": bias}
+    rules = fused.RULES.override(params={name: spec for name, spec in names.items() if spec}, **change)
+    return Case(model=lambda: fused.build(kind), rules=rules, inputs=make_batch(8, 16))
+
+
+@wrong("SS304", "(H@tp hd + N_@tp hd + N_@tp hd)@fsdp")
+def a_packed_projection_split_as_one_run():
+    return packed(weight="N@(tp,fsdp) D", bias="N@(tp,fsdp)")
+
+
+@wrong("SS304", "each rank holds (4@tp + 12@tp + 4@tp)")
+def parts_of_a_packed_projection_in_another_order():
+    return packed(weight="(K@tp hd + H@tp hd + K@tp hd)@fsdp D", bias="(K@tp hd + H@tp hd + K@tp hd)@fsdp")
+
+
+@wrong("SS304", "slice takes 24 of 40")
+def a_packed_projection_split_as_one_run_and_cut_by_slices():
+    return packed(fused.SlicedAttention, weight="N@(tp,fsdp) D", bias="N@(tp,fsdp)")
+
+
+@wrong("SS302", '"(H@tp hd + K@tp hd + K@tp hd)@fsdp" (was "N@tp")')
+def the_bias_of_a_packed_projection_split_as_one_run():
+    return packed(bias="N@tp")
+
+
+@wrong("SS206", "48 and a multiple of 4 do not make up the 40")
+def a_direct_sum_that_is_longer_than_its_dim():
+    return packed(weight="(H@tp hd + H@tp hd + K@tp hd)@fsdp D")
+
+
+@wrong("SS103", "'H@tp hd' over tp, 'K hd' at column 12 over nothing")
+def a_direct_sum_of_which_one_part_is_split():
+    return packed(weight="(H@tp hd + K hd + K hd)@fsdp D")
+
+
+@wrong("SS207", "cp splits a direct sum whose parts are split over tp")
+def a_direct_sum_that_is_split_as_a_whole_too():
+    return packed(activations={r"layers\.\d+\.attention\.wqkv": "B@(dp,fsdp) S (H@tp hd + K@tp hd + K@tp hd)@cp"})
+
+
+@wrong("SS215", 'give sizes={"H": ...}')
+def a_direct_sum_of_which_nothing_tells_a_size():
+    unnamed = {r"layers\.\d+\.attention\.wo\.weight": "D@fsdp O@tp"}
+    case = packed(attributes={r"layers\.\d+\.attention": {"head_dim": "hd"}})
+    return attrs.evolve(case, rules=case.rules.override(params=unnamed))
+
+
+@wrong("SS301", "cannot be split over tp=4")
+def a_part_of_a_direct_sum_that_does_not_divide():
+    case = packed(attributes={r"layers\.\d+\.attention": {"head_dim": "hd"}}, sizes={"H": 6, "K": 2})
+    return attrs.evolve(case, mesh="tp=4")
+
+
+@wrong("SS309", r'{"n_heads": "H@tp", "n_kv_heads": "K@tp"}')
+def head_counts_of_a_packed_projection_that_stay_whole():
+    return packed(attributes={r"layers\.\d+\.attention": {"head_dim": "hd"}})
+
+
+@wrong("SS309", "split_sizes=[24, 8, 8]")
+def parts_of_a_packed_projection_written_down():
+    return packed(fused.WrittenAttention)
+
+
+@wrong("SS301", "cuts through a direct sum over tp=2")
+def a_direct_sum_flattened_behind_the_sequence():
+    return packed(fused.FlattenedAttention)
 
 
 WHOLE_VOCABULARY = RULES.override(
