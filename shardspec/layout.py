@@ -57,7 +57,8 @@ def direct_sum(parts: Iterable[DimLayout]) -> DimLayout:
     """
     runs: list[tuple[int, tuple[int | str, ...]]] = []
     for part in (one for dim in parts for one in parts_of(dim)):
-        count, run = (part[0], part[1:]) if part and isinstance(part[0], int) else (1, part)
+        first = part[0] if part else 1
+        count, run = (first, part[1:]) if isinstance(first, int) else (1, part)
         if runs and runs[-1][1] == run:
             runs[-1] = (runs[-1][0] + count, run)
         else:

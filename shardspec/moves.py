@@ -192,14 +192,14 @@ def adjoint(moves: Sequence[Move], owed: set[str], shape: tuple[int, ...]) -> tu
     owed = set(owed)
     after = shape
     for move in reversed(moves):
-        axis, at = move.axis, {"dim": move.dim, "outer": move.outer, "runs": move.runs}
+        axis = move.axis
         if move.kind == "all_gather":
             kind = "reduce_scatter" if axis in owed else "slice"
-            back.append(Move(kind, axis, **at, shape=after))
+            back.append(evolve(move, kind=kind, shape=after))
         elif move.kind == "slice":
-            back.append(Move("all_gather", axis, **at, shape=after))
+            back.append(evolve(move, kind="all_gather", reduce=SUM, shape=after))
         elif move.kind == "reduce_scatter":
-            back.append(Move("all_gather", axis, **at, shape=after))
+            back.append(evolve(move, kind="all_gather", reduce=SUM, shape=after))
             if move.reduce == AVG:
                 back.append(Move("scale", axis, shape=move.shape))
         elif move.kind == "all_to_all":

@@ -14,12 +14,13 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from shardspec.layout import Layout
+from shardspec.layout import Layout, dim_axes
 from shardspec.mesh import AXES, Mesh
-from shardspec.placement import local_index, placements_of, stored_shape
+from shardspec.placement import RankMajor, local_index, placements_of, stored_shape
 from shardspec.plan import ParamPlan
 from shardspec.runtime.gather import split_rows
-from tests.strategies import a_layout, a_mesh, merge, primes
+from shardspec.testing.simulate import positions
+from tests.strategies import a_dim, a_layout, a_mesh, a_sum, merge, primes
 
 
 def a_plan(layout: Layout, mesh: Mesh, storage: tuple[str, ...] = (), storage_dim: int = 0) -> ParamPlan:
@@ -113,6 +114,58 @@ def test_every_element_lies_on_as_many_ranks_as_share_it(case):
     degree = prod(mesh[axis] for axis in {*plan.layout.sharded, *plan.storage})
     assert set(owners) == set(product(*map(range, plan.shape)))
     assert set(owners.values()) == {mesh.world // degree}
+
+
+@st.composite
+def shared(draw) -> tuple[ParamPlan, Mesh]:
+    """A parameter of which a dim is a direct sum, or strided, and may be stored over fsdp."""
+    rng = draw(st.randoms(use_true_random=False))
+    sizes = {**a_mesh(rng), "tp": rng.choice((2, 3))}
+    mesh = Mesh(**sizes)
+    storing = [axis for axis in ("fsdp",) if axis in sizes and rng.random() < 0.8]
+    free = [axis for axis in sizes if axis not in storing]
+    dims = (a_sum(rng, [*primes(rng, 4, 2), sizes["tp"]], free, sizes), a_dim(rng, primes(rng, 2), free, sizes, 0.5))
+    return a_plan(Layout(dims), mesh, tuple(storing), 0), mesh
+
+
+@given(shared())
+@settings(max_examples=200, deadline=None)
+def test_rows_that_no_dtensor_describes_are_named_by_their_placement(case):
+    """Law: a rank stores consecutive rows of what compute leaves to it of every part, in chunks as torch.chunk cuts
+    them; each row lies on as many ranks as share it; and every axis on the dim has the placement that says so."""
+    plan, mesh = case
+    dim, length = plan.layout.dims[0], plan.shape[0]
+    axes = (*dim_axes(dim), *plan.storage)
+    placements = dict(zip(mesh.axes, placements_of(plan), strict=True))
+    owners: Counter[int] = Counter()
+    for coordinate in mesh.coordinates():
+        held = torch.tensor(positions(dim, coordinate, mesh.shape))
+        for axis in plan.storage:
+            chunks = [*held.chunk(mesh[axis]), *[held[:0]] * mesh[axis]]
+            held = chunks[coordinate[axis]]
+        rows = local_index(plan, coordinate, mesh)[0]
+        assert rows.tolist() == held.tolist()
+        assert stored_shape(plan, coordinate, mesh)[0] == len(held)
+        owners.update(rows.tolist())
+        for axis in axes:
+            if isinstance(placements[axis], RankMajor):
+                assert placements[axis].rows(coordinate, mesh).tolist() == held.tolist()
+            else:
+                assert torchs_rows(placements_of(plan), 0, length, coordinate, mesh.axes, mesh) == held.tolist()
+    assert set(owners) == set(range(length))
+    assert set(owners.values()) == {mesh.world // prod(mesh[axis] for axis in axes)}
+
+
+def test_a_rank_major_placement_is_a_value_that_torch_takes_for_no_shard():
+    one, two = (RankMajor(0, (2, "tp", 3), ("fsdp",)) for _ in range(2))
+    assert one == two
+    assert hash(one) == hash(two)
+    assert one != RankMajor(0, (2, "tp", 3), ())
+    assert one != Shard(0)
+    assert not one.is_shard()
+    assert not one.is_replicate()
+    assert not one.is_partial()
+    assert repr(one) == "RankMajor(dim=0, 2.tp.3, stored over fsdp)"
 
 
 @pytest.mark.parametrize("rows", range(1, 12))

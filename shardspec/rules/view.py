@@ -13,6 +13,7 @@ from shardspec.layout import (
     dim_axes,
     dim_text,
     direct_sum,
+    extent,
     flatten,
     global_size,
     is_sum,
@@ -150,7 +151,7 @@ def _cut_dim(digits: DimLayout, lengths: Sequence[int], axis: str, call: Call) -
     for digit in digits:
         if digit == axis:
             break
-        left *= digit if isinstance(digit, int) else call.sizes[digit]
+        left *= extent(digit, call.sizes)
     for position, length in enumerate(lengths):
         if left < length:
             return position
