@@ -129,7 +129,7 @@ def shared(draw) -> tuple[ParamPlan, Mesh]:
 
 
 @given(shared())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_rows_that_no_dtensor_describes_are_named_by_their_placement(case):
     """Law: a rank stores consecutive rows of what compute leaves to it of every part, in chunks as torch.chunk cuts
     them; each row lies on as many ranks as share it; and every axis on the dim has the placement that says so."""

@@ -16,6 +16,7 @@ from tests import fused
 from tests.distributed import parity
 from tests.distributed.harness import run_ranks
 from tests.distributed.parity import TOLERANCE, Case, Family
+from tests.distributed.test_collectives import compare_step
 from tests.distributed.test_families import GPT2, varied
 
 FUSED = Family(
@@ -59,6 +60,12 @@ CASES = [
 def test_fused_projections_train_on_every_mesh_as_on_one_rank(world):
     ran = {str(case): found for case, found in parity.run_cases([case for case in CASES if case.world == world])}
     assert {name: found for name, found in ran.items() if max(found.values()) > TOLERANCE} == {}
+
+
+@pytest.mark.parametrize("case", [Case("fsdp=2,tp=2", family=FUSED), Case("tp=2", family=GATHERED)], ids=str)
+def test_a_step_of_fused_projections_runs_the_collectives_of_its_plan(case):
+    for expected, ran in run_ranks(case.world, compare_step, case):
+        assert ran == expected
 
 
 # States
