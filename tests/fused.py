@@ -54,6 +54,19 @@ class HeadsAttention(FusedAttention):
         return heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
 
 
+class SizedAttention(FusedAttention):
+    """The same, with the lengths of the parts for attributes."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.wide, self.narrow = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.length = self.wide + 2 * self.narrow
+
+    def cut(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        parts = qkv.view(*qkv.shape[:2], self.length).split([self.wide, self.narrow, self.narrow], dim=-1)
+        return tuple(part.view(*part.shape[:2], -1, self.head_dim) for part in parts)
+
+
 class NamedAttention(FusedAttention):
     """The same, with names where a table may change how the packed product lies."""
 

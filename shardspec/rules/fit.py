@@ -110,8 +110,8 @@ def _size(factor: Factor, known: Mapping[str, int]) -> int | None:
 
 
 def _terms(dim: Dim, missing: str, known: Mapping[str, int]) -> tuple[int, int]:
-    """What the parts of a dim without a factor add up to, and those with it, each without it; 0 where it is twice
-    in one, or in all that are."""
+    """What the parts of a dim that lack the missing factor add up to, and what those that have it do without it: the
+    dim's length is the first plus the second times the factor. Both are 0 where a part has it twice."""
     fixed = each = 0
     for part in dim.parts:
         product = 1

@@ -408,6 +408,13 @@ def head_counts_of_a_packed_product_told_by_sizes():
 
 
 @right
+def lengths_of_the_parts_of_a_packed_product_named_as_attributes():
+    named = {"wide": "(H@tp hd)", "narrow": "(K@tp hd)", "length": "(H@tp hd + K@tp hd + K@tp hd)"}
+    rules = fused.RULES.override(attributes={r"layers\.\d+\.attention": named}, sizes={"K": 2})
+    return Case(model=functools.partial(fused.build, fused.SizedAttention), rules=rules, inputs=make_batch(8, 16))
+
+
+@right
 def a_packed_product_gathered_and_cut_again():
     product = "B@(dp,fsdp) S@cp ({0} hd + {1} hd + {1} hd)"
     rules = fused.RULES.override(
