@@ -57,7 +57,7 @@ def direct_sum(parts: Iterable[DimLayout]) -> DimLayout:
     """
     runs: list[tuple[int, tuple[int | str, ...]]] = []
     for part in (one for dim in parts for one in parts_of(dim)):
-        first = part[0] if part else 1
+        first = next(iter(part), 1)
         count, run = (first, part[1:]) if isinstance(first, int) else (1, part)
         if runs and runs[-1][1] == run:
             runs[-1] = (runs[-1][0] + count, run)
@@ -65,7 +65,7 @@ def direct_sum(parts: Iterable[DimLayout]) -> DimLayout:
             runs.append((count, run))
     joined = tuple(_plain(canonical((count, *run))) for count, run in runs)
     assert len({dim_axes(part) for part in joined}) < 2, "the parts of a direct sum are split alike"
-    return (Sum(joined),) if len(joined) > 1 else joined[0]
+    return joined[0] if len(joined) == 1 else (Sum(joined),)
 
 
 def parts_of(dim: DimLayout) -> tuple[tuple[int | str, ...], ...]:

@@ -9,7 +9,7 @@ from html import escape
 
 from attrs import frozen
 
-from shardspec.layout import Digit, Layout
+from shardspec.layout import Digit, Layout, Sum, dim_axes, dim_text, global_size, is_sum
 from shardspec.mesh import Mesh
 from shardspec.plan import ParamPlan
 
@@ -66,10 +66,13 @@ def places(size: int, most: int = MOST_PLACES) -> list[int | None]:
 
 def spans(cut: Cut, mesh: Mesh, storage: Sequence[str] = ()) -> list[Span]:
     """The parts of a dim, in order."""
-    axes = [index for index, digit in enumerate(cut) if isinstance(digit, str)]
+    axes = [index for index, digit in enumerate(cut) if not isinstance(digit, int)]
     inner = [Span(0.0, 1.0)]
     # What is behind the last axis is one piece: a rank's own rows.
     for digit in reversed(cut[: axes[-1] + 1] if axes else ()):
+        if isinstance(digit, Sum):
+            inner = [own if own.gap else part.within(own) for own in _parts(digit, mesh) for part in inner]
+            continue
         shown = places(mesh[digit] if isinstance(digit, str) else digit)
         split: list[Span] = []
         for index, place in enumerate(shown):
@@ -86,10 +89,20 @@ def spans(cut: Cut, mesh: Mesh, storage: Sequence[str] = ()) -> list[Span]:
     return inner
 
 
+def _parts(summed: Sum, mesh: Mesh) -> Iterator[Span]:
+    """The parts of a direct sum, each as long as its share of the rows, cut like a dim of its own."""
+    lengths = [global_size(part, mesh.shape) for part in summed.parts]
+    start = 0
+    for part, length in zip(summed.parts, lengths, strict=True):
+        whole = Span(start / sum(lengths), (start + length) / sum(lengths))
+        yield from (own.within(whole) for own in spans(part, mesh))
+        start += length
+
+
 def cuts_of(param: ParamPlan) -> list[Cut]:
     """How each dim of a parameter is cut, storage included; a dim of several pieces shows what compute reads only."""
     cuts: list[Cut] = [tuple(dim) for dim in param.layout.dims]
-    if param.storage:
+    if param.storage and not is_sum(cuts[param.storage_dim]):
         *outer, rows = cuts[param.storage_dim] or (1,)
         if isinstance(rows, str):
             outer, rows = [*outer, rows], 1
@@ -140,13 +153,13 @@ def captions(cuts: Sequence[Cut], mesh: Mesh) -> Iterator[str]:
     """In words, how each dim is cut: `dim 0: tp 8 x fsdp 2048`."""
     for number, cut in enumerate(cuts):
         if _axes(cut):
-            pieces = [f"{digit} {mesh[digit]}" if isinstance(digit, str) else str(digit) for digit in cut]
-            last = pieces if isinstance(cut[-1], str) else pieces[:-1]
+            pieces = [f"{digit} {mesh[digit]}" if isinstance(digit, str) else dim_text((digit,)) for digit in cut]
+            last = pieces[:-1] if isinstance(cut[-1], int) else pieces
             yield f"dim {number}: {' x '.join(last)}"
 
 
 def _axes(cut: Cut) -> list[str]:
-    return [digit for digit in cut if isinstance(digit, str)]
+    return [axis for digit in cut for axis in dim_axes((digit,))]
 
 
 @frozen

@@ -97,7 +97,7 @@ def test_a_plan_with_direct_sums_is_read_back_as_it_was_written(mesh):
 def test_a_plan_prints_and_compares_direct_sums():
     split, whole = plan_of(), plan_of(mesh="")
     assert "(H@tp hd + K@tp hd + K@tp hd)@fsdp D" in str(split)
-    assert f"parameter {WEIGHT}: [40, 18] -> [(12@tp + 4@tp + 4@tp), 18]" in whole.diff(split)
+    assert "[(12@tp + 4@tp + 4@tp), 18]" in whole.diff(split)
 
 
 def test_the_smallest_part_says_which_meshes_are_legal():

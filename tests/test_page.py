@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import shardspec as ss
-from shardspec.layout import Layout
+from shardspec.layout import Layout, Sum
 from shardspec.mesh import AXES
 from shardspec.picture import BOX_H, BOX_W, STRIP_H, captions, draw_cuts, draw_layout, draw_mesh, places
 from shardspec.plan import Plan
@@ -110,10 +110,11 @@ def test_a_mesh_shows_the_first_rank_filled_and_the_last_one(sizes):
     assert str(mesh.world - 1) in {text.kind for text in texts}
 
 
+@pytest.mark.parametrize("sums", [0.0, 0.6])
 @given(st.randoms(use_true_random=False))
-def test_the_filled_part_of_a_picture_is_the_part_that_a_rank_holds(rng: Random):
-    """To scale, for an axis of up to four is drawn place for place."""
-    sizes, _, layout = laid_out(rng, most=64)
+def test_the_filled_part_of_a_picture_is_the_part_that_a_rank_holds(sums: float, rng: Random):
+    """To scale, for an axis of up to four is drawn place for place; of direct sums too."""
+    sizes, _, layout = laid_out(rng, most=64, sums=sums)
     mesh = ss.Mesh(**sizes)
     _, rects, _ = drawn(draw_layout(layout, mesh))
     shown = [rect for rect in rects if "gap" not in rect.kind]
@@ -130,6 +131,15 @@ def test_storage_is_shaded_and_what_a_rank_stores_of_it_filled():
     _, rects, _ = drawn(draw_cuts([("tp", "fsdp", 8), (16,)], ss.Mesh(fsdp=4, tp=2), storage=("fsdp",)))
     assert [rect.kind for rect in rects] == ["own", "read", "read", "read", "other", "other", "other", "other"]
     assert [rect.top for rect in rects] == sorted(rect.top for rect in rects)
+
+
+def test_parts_of_a_direct_sum_are_each_cut_and_named():
+    mesh = ss.Mesh(tp=2)
+    cuts = [(Sum((("tp", 8), (2, "tp", 4))),), (16,)]
+    _, rects, _ = drawn(draw_cuts(cuts, mesh))
+    assert [rect.kind for rect in rects] == ["own", "other"] * 3
+    assert [round((rect.bottom - rect.top) / BOX_H, 2) for rect in rects] == [0.25, 0.25, 0.12, 0.12, 0.12, 0.12]
+    assert list(captions(cuts, mesh)) == ["dim 0: (8@tp + 4@tp + 4@tp)"]
 
 
 def test_pieces_of_a_fused_dim_are_each_cut():
