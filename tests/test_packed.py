@@ -6,7 +6,9 @@ import types
 import pytest
 
 import shardspec as ss
-from shardspec.layout import Sum
+from shardspec.layout import Layout, Sum
+from shardspec.testing import assert_parity
+from shardspec.testing.plain import written
 from shardspec.units import attribute_sizes
 from tests import fused
 from tests.distributed.parity import make_batch
@@ -105,3 +107,11 @@ def test_the_smallest_part_says_which_meshes_are_legal():
     assert ("tp",) in [fact.axes for fact in plan.constraints]
     assert min(fact.number for fact in plan.constraints if fact.axes == ("tp",)) == 2
     assert {mesh.get("tp", 1) for mesh in (dict(mesh.shape) for mesh in plan.legal_meshes(4))} == {1, 2}
+
+
+def test_the_testing_kit_knows_direct_sums():
+    layout = Layout((("dp", 4), PACKED))
+    text, sizes = written(layout, ss.Mesh(dp=2, tp=2), "x")
+    assert text == "x0@(dp) (x1@(tp) + x2 x3@(tp))"
+    assert sizes == {"x0": 8, "x1": 24, "x2": 2, "x3": 8}
+    assert_parity(fused.build, fused.RULES, ss.Mesh(tp=2), make_batch(0))

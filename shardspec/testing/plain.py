@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shardspec import functional
 from shardspec.arguments import as_model
 from shardspec.diagnostics import refuse
-from shardspec.layout import Layout, global_size
+from shardspec.layout import DimLayout, Layout, global_size, parts_of
 from shardspec.mesh import Mesh
 from shardspec.nests import tensor_leaves
 from shardspec.plan import Plan
@@ -197,15 +197,22 @@ def written(layout: Layout, mesh: Mesh, prefix: str) -> tuple[str, dict[str, int
     sizes: dict[str, int] = {}
     dims: list[str] = []
     for digits in layout.dims:
-        factors: list[str] = []
-        axes: list[str] = []
-        for digit in (*digits, *(() if digits and isinstance(digits[-1], int) else (1,))):
-            if isinstance(digit, str):
-                axes.append(digit)
-                continue
-            name = f"{prefix}{len(sizes)}"
-            sizes[name] = global_size((*axes, digit), mesh.shape)
-            factors.append(name + (f"@({','.join(axes)})" if axes else ""))
-            axes = []
-        dims.append(factors[0] if len(factors) == 1 else f"({' '.join(factors)})")
+        parts = [_factors(part, mesh, prefix, sizes) for part in parts_of(digits)]
+        text = " + ".join(map(" ".join, parts))
+        dims.append(text if len(parts) == 1 and len(parts[0]) == 1 else f"({text})")
     return " ".join(dims), sizes
+
+
+def _factors(digits: DimLayout, mesh: Mesh, prefix: str, sizes: dict[str, int]) -> list[str]:
+    """The factors of a dim, or of a part of a direct sum; their sizes are put with the others."""
+    factors: list[str] = []
+    axes: list[str] = []
+    for digit in (*digits, *(() if digits and isinstance(digits[-1], int) else (1,))):
+        if isinstance(digit, str):
+            axes.append(digit)
+            continue
+        name = f"{prefix}{len(sizes)}"
+        sizes[name] = global_size((*axes, digit), mesh.shape)
+        factors.append(name + (f"@({','.join(axes)})" if axes else ""))
+        axes = []
+    return factors
