@@ -14,7 +14,7 @@ import shardspec as ss
 from shardspec.layout import AVG, MAX, MIN, SUM, Layout
 from shardspec.testing.bruteforce import Verdict, verify_operator
 from tests.operators.cases import Case
-from tests.strategies import a_dim, a_layout, a_mesh, merge, primes
+from tests.strategies import a_dim, a_layout, a_mesh, a_sum, merge, primes
 
 
 @frozen
@@ -27,8 +27,12 @@ class Trial:
     lengths: types.SimpleNamespace
 
 
-def a_trial(rng: Random, case: Case) -> Trial:
-    """Inputs for a case, and layouts that agree on its labels, but for a change now and then."""
+def a_trial(rng: Random, case: Case, sums: float = 0.0) -> Trial:
+    """Inputs for a case, and layouts that agree on its labels, but for a change now and then.
+
+    Args:
+        sums: the chance that a label's dim is a direct sum.
+    """
     sizes = a_mesh(rng, most=8)
     rare = {word[0] for word in case.labels.replace(",", " ").split() if word.endswith("!")}
     operands = [operand.replace("!", "").split() for operand in case.labels.split(",")]
@@ -40,7 +44,9 @@ def a_trial(rng: Random, case: Case) -> Trial:
     lengths = types.SimpleNamespace(**{label: prod(factors[label]) for label in labels})
     free = list(sizes)
     digits = {
-        label: a_dim(rng, factors[label], free, sizes, eager=0.1 if label in rare else 0.7)
+        label: a_sum(rng, factors[label], free, sizes)
+        if sums and label not in rare and rng.random() < sums
+        else a_dim(rng, factors[label], free, sizes, eager=0.1 if label in rare else 0.7)
         for label in rng.sample(labels, len(labels))
     }
     digits["1"] = ()
