@@ -182,3 +182,19 @@ def test_dropout_of_a_direct_sum_drops_the_same_elements_on_every_mesh():
     for world in MESHES:
         for mesh, found in run_ranks(world, dropped)[0].items():
             assert found == pytest.approx(alone, abs=1e-11), mesh
+
+
+def saved_and_restored(rank: int, world: int, folder: str) -> bool:
+    """Whether another mesh reads from a checkpoint what one wrote."""
+    one, two = sharded_on("fsdp=2,tp=2"), sharded_on("dp=2,tp=2")
+    state = stepped(one, one.init(ss.adamw(lr=1e-3), seed=5))
+    ss.save(state, folder)
+    again = ss.restore(two, folder)
+    before, after = one.state_dict(state), two.state_dict(again)
+    same = all(torch.equal(before[name], after[name]) for name in before)
+    moments = (ss.full(one_state.opt_state["exp_avg"][WEIGHT]) for one_state in (state, again))
+    return same and torch.equal(*moments)
+
+
+def test_a_checkpoint_holds_direct_sums_in_the_order_of_the_model(tmp_path):
+    assert all(run_ranks(4, saved_and_restored, str(tmp_path / "run")))
