@@ -130,7 +130,10 @@ class Compiler:
             program = self.program(inputs, loss, training)
             outer, kin = kin, told_apart(table, program, kin)
             if kin.heads != outer.heads:
-                params, sizes, _ = match_params(table, self.names.outline(kin.heads), mesh)
+                outline = self.names.outline(kin.heads)
+                _, attributes, found = self.look(outline, lambda view: self.declared(view, mesh))
+                settle(found)
+                params, sizes, _ = match_params(table, outline, mesh)
             points, found = match_points(table, self.names, program, sizes, mesh, kin)
             if found:
                 _, found = match_points(table, self.names, program, sizes, mesh, Kin())
@@ -144,8 +147,7 @@ class Compiler:
                 named = self.named_attributes(differences, claims, mesh, lambda other: attempt.confirm(other, mesh))
                 found = [evolve(found[0], fixes=(named,), advice=()), *found[1:]] if named else found
             settle(found)
-            if typed.kin.heads != outer.heads:
-                outline = self.names.outline(typed.kin.heads)
+            outline = outline if typed.kin.heads == kin.heads else self.names.outline(typed.kin.heads)
             summed, found = prove(typed, outline, self.rules, has_loss=loss is not None)
             settle(attempt.fixed(found))
         return Plan.deferred(

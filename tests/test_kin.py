@@ -172,6 +172,45 @@ def test_a_layer_with_another_attribute_is_another_layer():
     assert "layers.5" in both(odd, RULES, MESH)
 
 
+@pytest.mark.parametrize(("heads", "says"), [(8, "{"), (5, "n_heads=5 cannot be split")])
+def test_an_attribute_that_is_another_in_one_layer_is_looked_at_there(heads, says):
+    class Layer(nn.Module):
+        def __init__(self, heads: int) -> None:
+            super().__init__()
+            self.n_heads = heads
+            self.wq = nn.Linear(40, 40, bias=False)
+            self.wo = nn.Linear(40, 40, bias=False)
+
+        def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+            q_BSHd = self.wq(x_BSD).view(*x_BSD.shape[:2], self.n_heads, -1)
+            return x_BSD + self.wo(q_BSHd.softmax(-1).flatten(2))
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Layer(heads if index == 7 else 4) for index in range(LAYERS))
+
+        def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x_BSD = layer(x_BSD)
+            return x_BSD
+
+    rules = ss.Rules(
+        params={r"layers\.\d+\.wq\.weight": "E@tp D", r"layers\.\d+\.wo\.weight": "D E@tp"},
+        activations={"x_BSD": "B@dp S D", r"layers\.\d+\.(wq:in|wo)": "B@dp S D"},
+        attributes={r"layers\.\d+": {"n_heads": "H@tp"}},
+    )
+    inputs = {"x_BSD": torch.empty(4, 3, 40, device="meta")}
+
+    def compiled() -> str:
+        return said(lambda: ss.compile(Stack, rules, ss.Mesh(dp=2, tp=2), inputs))
+
+    folded = compiled()
+    with every_block_for_itself():
+        assert compiled() == folded
+    assert says in folded
+
+
 def test_a_layer_with_a_hook_is_another_layer():
     def hooked() -> nn.Module:
         model = small_llama()
