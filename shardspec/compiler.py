@@ -139,7 +139,7 @@ class Compiler:
                 _, found = match_points(table, self.names, program, sizes, mesh, Kin())
             settle(attempt.fixed(found))
             claims = Claims(table, kin, params, points, sizes)
-            typed = typecheck(program, claims, mesh, has_loss=loss is not None)
+            typed = typecheck(program, claims, mesh, has_loss=loss is not None, hinted=fix)
             settle(attempt.fixed(typed.diagnostics))
             differences = dry_run(self.names, typed.forward, program, claims, attributes, inputs, loss, training)
             found = explain_differences(differences, typed)
@@ -246,7 +246,7 @@ class Compiler:
                 points, found = match_points(table, self.names, program, sizes, mesh, kin)
                 if not found:
                     claims = Claims(table, kin, params, points, sizes)
-                    found = typecheck(program, claims, mesh, has_loss=loss is not None).diagnostics
+                    found = typecheck(program, claims, mesh, has_loss=loss is not None, hinted=False).diagnostics
         return found
 
     def named_attributes(

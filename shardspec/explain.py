@@ -52,7 +52,7 @@ def explain_issues(inference: Inference, claims: Claims) -> Iterator[Diagnostic]
             locations=(model_location(issue), *rules),
             advice=refusal.advice,
             matches=_places(group, inference),
-            hints=tuple(_hints(issue, inference, claims)),
+            hints=tuple(_hints(issue, inference, claims)) if inference.hinted else (),
         )
 
 
@@ -256,7 +256,7 @@ def explain_conflicts(conflicts: Iterable[Conflict], inference: Inference, claim
             ),
             matches=_blocks(fold(conflict.fqn), inference.blocks_like(conflict.typed)),
             advice=("declare the activation where the uses part, so that the shares are summed there",),
-            hints=tuple(_point_hints(conflict, inference, claims)),
+            hints=tuple(_point_hints(conflict, inference, claims)) if inference.hinted else (),
         )
     yield from seen.values()
 

@@ -119,6 +119,8 @@ class Inference:
     """Activation's name -> the rule that claims it."""
     layout_of: LayoutOf
     kin: Kin
+    hinted: bool = True
+    """Whether what is refused is to come with edits worth trying."""
     issues: list[Issue] = field(factory=list)
     memo: dict[Any, tuple[TypedGraph, tuple[Type | None, ...]]] = field(factory=dict)
     stack: list[tuple[TypedGraph, int]] = field(factory=list)

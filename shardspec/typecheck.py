@@ -45,8 +45,12 @@ OPERATOR_FAMILIES = (
 """Importing a family registers its rules."""
 
 
-def typecheck(program: Program, claims: Claims, mesh: Mesh, *, has_loss: bool) -> TypedProgram:
-    """Type a program forward and backward; what is wrong is in `.diagnostics`."""
+def typecheck(program: Program, claims: Claims, mesh: Mesh, *, has_loss: bool, hinted: bool = True) -> TypedProgram:
+    """Type a program forward and backward; what is wrong is in `.diagnostics`.
+
+    Args:
+        hinted: whether they are to come with edits worth trying.
+    """
     uneven: dict[Any, Diagnostic] = {}
     cache: dict[Any, Layout | None] = {}
 
@@ -59,7 +63,7 @@ def typecheck(program: Program, claims: Claims, mesh: Mesh, *, has_loss: bool) -
             cache[key] = None if problem else layout
         return cache[key]
 
-    inference = Inference(mesh.shape, claims.params, claims.points, declared, claims.kin)
+    inference = Inference(mesh.shape, claims.params, claims.points, declared, claims.kin, hinted)
     forward = inference.program(program)
     cotangents = Cotangents(inference)
     seeds = [ref.index for ref in _seeds(program, has_loss) if forward.types[ref.index] is not None]
