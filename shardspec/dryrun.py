@@ -186,10 +186,10 @@ def constants(tree: Any) -> Any:
     if isinstance(tree, torch.Tensor):
         return None
     if isinstance(tree, (list, tuple)):
-        return tuple(constants(item) for item in tree)
+        return tuple([None if isinstance(item, torch.Tensor) else constants(item) for item in tree])
     if isinstance(tree, dict):
-        return tuple((key, constants(item)) for key, item in tree.items())
-    return tree if isinstance(tree, (bool, int, float, str, type(None))) else id(tree)
+        return tuple([(key, constants(item)) for key, item in tree.items()])
+    return (type(tree), tree) if isinstance(tree, (bool, int, float, str, type(None))) else id(tree)
 
 
 def dry_run(

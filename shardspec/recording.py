@@ -136,8 +136,11 @@ class Recorder(Tracer):
         return out
 
     def _again(self, known: "_Recorded", fqn: str, args: Any, kwargs: Any) -> Any:
-        fresh = {id(tensor): self.fresh(tensor) for tensor in tensor_leaves(known.result)}
-        out = replace_tensors(known.result, lambda tensor: fresh[id(tensor)])
+        if isinstance(known.result, torch.Tensor):
+            out = self.fresh(known.result)
+        else:
+            fresh = {id(tensor): self.fresh(tensor) for tensor in tensor_leaves(known.result)}
+            out = replace_tensors(known.result, lambda tensor: fresh[id(tensor)])
         return self._call(known.block, fqn, distinct(tensor_leaves((args, kwargs))), out)
 
     def _same(self, known: "_Recorded", module: nn.Module, fqn: str) -> bool:
@@ -245,7 +248,7 @@ def _structure(tree: Any) -> Any:
         if isinstance(item, dict):
             return ("dict", *((key, visit(one)) for key, one in item.items()))
         if isinstance(item, (bool, int, float, str, type(None), torch.dtype, torch.device)):
-            return item
+            return (type(item), item)
         return ("object", id(item))
 
     return visit(tree)
