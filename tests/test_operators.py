@@ -166,3 +166,15 @@ def test_what_llama_like_models_do_is_accepted(name, specs, outputs):
     assert verdict.accepted, verdict.refusal
     assert verdict.correct, verdict.problem
     assert ", ".join(map(str, verdict.outputs)) == outputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.int64])
+def test_what_is_written_over_owes_nothing_of_what_it_was(dtype):
+    """A complete tensor into one that is still to be summed: found by op_db, matrix_power to the power 0."""
+    x, y = torch.arange(4).to(dtype), torch.ones(4, dtype=dtype)
+    pending = Layout(((4,),), (("tp", "sum"),))
+    verdict = verify_operator(lambda a, b: a.clone().copy_(b), [x, y], [pending, Layout(((4,),))], ss.Mesh(tp=2))
+    assert not verdict.accepted
+    both = verify_operator(lambda a, b: a.clone().copy_(b), [x, y], [pending, pending], ss.Mesh(tp=2))
+    assert both.accepted, both.refusal
+    assert both.correct, both.problem

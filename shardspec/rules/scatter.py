@@ -4,7 +4,6 @@ import torch
 
 from shardspec.program import Ref
 from shardspec.rules.operator import (
-    COPY,
     FIRST,
     JOINT,
     NONLINEAR,
@@ -80,8 +79,9 @@ def fill_rows(call: Call) -> Typed:
 @rule(aten.copy_.default)
 def copy_into(call: Call) -> Typed:
     """Another's elements in place of its own: what it owed must be what the other owes."""
-    floats = all(call.dtype(operand).is_floating_point for operand in (0, 1))
-    linear = JOINT if floats else COPY if call.dtype(0) == call.dtype(1) else NONLINEAR
+    mine, other = call.dtype(0), call.dtype(1)
+    kept = mine == other or mine.is_floating_point or mine.is_complex
+    linear = JOINT if kept else NONLINEAR
     return unify(call, aligned(call), [aligned_output(call.out().shape)], linear=linear)
 
 
