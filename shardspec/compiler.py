@@ -222,7 +222,7 @@ class Compiler:
             program = trace(self.names, inputs, loss, training)
         except HostRead as error:
             raise ShardingError([host_read(error)]) from error
-        except ShardingError:
+        except (ShardingError, OSError, MemoryError):  # the machine's, not the program's
             raise
         except Exception as error:
             if raised_here(error) and not isinstance(error, OF_AN_OPERATOR):
