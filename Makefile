@@ -44,7 +44,7 @@ sweep: $(READY)
 	$(PY) -m benchmarks.kills --write
 
 bench: $(READY)
-	$(PY) -m benchmarks.bench
+	$(PY) -m benchmarks.bench $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

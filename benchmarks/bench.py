@@ -1,6 +1,6 @@
 """Compare shardspec with training steps written by hand, side by side in one run.
 
-    python -m benchmarks.bench [--quick] [--json PATH]
+    python -m benchmarks.bench [--quick] [--json PATH] [--page]
 
 Each plan's sides step in turn in the same ranks; the ratio is the median of the paired ones, with a
 95 % bootstrap interval, against the faster hand-written form. A rank has one thread. A plan fails where
@@ -27,6 +27,7 @@ from rich.table import Table
 
 import shardspec as ss
 from benchmarks.measure import CallCount, Ratio, Step, alternate, resident_bytes, transient_bytes
+from benchmarks.page import write_section
 from benchmarks.sides import CASES, ByHand, Case, Sharded, make_batch
 from models.llama import PRESETS, RULES, LlamaConfig, build
 from tests.distributed.harness import RankError, run_ranks
@@ -34,6 +35,7 @@ from tests.distributed.harness import RankError, run_ranks
 CHECK_MESH = {"fsdp": 2048, "tp": 8}
 CHECK_BUDGETS = {"meta forward": 0.5, "4 layers": 1.5}
 MEMORY_BUDGET = 1.0
+PAGE = Path("docs/bench.md")
 MIB = 1 << 20
 
 
@@ -65,7 +67,7 @@ class Result:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_arguments(argv)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() and not options.page else 120, record=options.page)
     config = LlamaConfig(
         dim=options.dim,
         n_layers=options.layers,
@@ -99,12 +101,15 @@ def main(argv: list[str] | None = None) -> int:
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if options.page:
+        write_section(PAGE, "figures", f"```\n{console.export_text(styles=False).rstrip()}\n```\n")
     return int(failed or bool(broken))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--page", action="store_true", help=f"write the tables into {PAGE}")
     parser.add_argument("--quick", action="store_true", help="fewer rounds: a look, not a result")
     parser.add_argument("--rounds", type=int, help="timed steps of each side (default 60, quick 12)")
     parser.add_argument("--warmup", type=int, default=4, help="steps of each side that are not timed")
