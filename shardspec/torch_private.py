@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -185,6 +186,76 @@ def reduce_scatter(out: Tensor, parts: Tensor, group: dist.ProcessGroup) -> None
 def all_gather(parts: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> None:
     """Gather every rank's tensor into [n, *tensor.shape]."""
     getattr(dist, _GATHER)(parts.view(-1), tensor.view(-1), group=group)
+
+
+class RecordedStage:
+    """A pipeline stage that computes nothing and notes what a schedule has it do."""
+
+    is_first = is_last = False
+
+    def __init__(self, index: int, stages: int) -> None:
+        self.stage_index, self.num_stages = index, stages
+        self.noted: list[tuple[int, str, int]] = []
+
+    def note(self, kind: str, microbatch: int) -> list[Any]:
+        self.noted.append((self.stage_index, kind, microbatch))
+        return []
+
+    def forward_one_chunk(self, microbatch: int, *_: Any, **__: Any) -> None:
+        self.note("F", microbatch)
+
+    def backward_one_chunk(self, microbatch: int, **_: Any) -> None:
+        self.note("B", microbatch)
+
+    def get_fwd_send_ops(self, microbatch: int) -> list[Any]:
+        return self.note("SEND_F", microbatch)
+
+    def get_bwd_send_ops(self, microbatch: int) -> list[Any]:
+        return self.note("SEND_B", microbatch)
+
+    def get_fwd_recv_ops(self, _: int) -> list[Any]:
+        return []
+
+    get_bwd_recv_ops = get_fwd_recv_ops
+
+    def perform_reduce_grad(self, _: int) -> None:
+        """Gradients are none of a schedule's order."""
+
+
+def pipeline_actions(schedule: str, ranks: int, microbatches: int, virtual: int) -> list[list[tuple[int, str, int]]]:
+    """The (stage, kind, microbatch) that each rank of one of torch's schedules runs, in order; no process group.
+
+    Kinds are F, B, I, W, SEND_F and SEND_B; a forward and a backward that torch calls overlapped run one after the
+    other. Of a schedule with one stage a rank the order is noted while torch's own step runs it: the list that torch
+    keeps of 1F1B has the last rank begin at microbatch 1.
+
+    Raises:
+        ValueError: torch's own, for numbers that the schedule cannot run.
+    """
+    # Not imported with this file: it takes half a second, and only a pipeline needs it.
+    schedules: Any = import_module("torch.distributed.pipelining.schedules")
+    kind: Any = schedules.get_schedule_class(schedule)
+    if issubclass(kind, schedules.PipelineScheduleSingle):
+        recorded = [RecordedStage(rank, ranks) for rank in range(ranks)]
+        for stage in recorded:
+            single = kind(stage, microbatches)
+            single._stage_forward_initialized = True
+            single._step_microbatches()
+        return [stage.noted for stage in recorded]
+    stubs = [
+        SimpleNamespace(num_stages=ranks * virtual, group_size=ranks, group_rank=0, submod=None) for _ in range(virtual)
+    ]
+    order: dict[int, list[Any]] = kind(stubs, microbatches).pipeline_order_with_comms
+    known = {"F", "B", "I", "W", "SEND_F", "SEND_B"}
+    return [
+        [
+            (one.stage_index, one.computation_type.value, one.microbatch_index)
+            for action in order[rank]
+            for one in action.sub_actions or (action,)
+            if one.computation_type.value in known
+        ]
+        for rank in range(ranks)
+    ]
 
 
 THREADS = "threads"

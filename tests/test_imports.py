@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = (
     "torch_private diagnostics names layout aliasing nests twin catalog",
-    "mesh policy functional program moves",
-    "spec constraints",
+    "mesh policy functional program moves schedule",
+    "spec constraints balance timeline",
     "rules.table rules.operator",
     "rules.parse rules.factors",
     (
