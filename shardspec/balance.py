@@ -12,15 +12,24 @@ from typing import Any
 
 import torch
 from attrs import frozen
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from shardspec.program import BlockCall, Graph, Node, Program, substitute
+from shardspec.program import BlockCall, Graph, Node, Program, Value, substitute
 from shardspec.torch_private import OpOverload
 
 aten = torch.ops.aten
 
-PRODUCTS = frozenset({aten.linear, aten.matmul, aten._grouped_mm})
-"""Contractions over the last dim of their first operand that torch's registry does not list."""
+
+def _over_last(shape: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    """Of a contraction over the last dim of its first operand."""
+    return 2 * math.prod(out_shape) * shape[-1]
+
+
+PRODUCTS = {aten.mv: _over_last, aten.dot: _over_last, aten._grouped_mm: _over_last}
+"""Contractions for which torch's counter has no formula."""
+
+FREE = frozenset({"point", "written", "_unsafe_view"})
+"""Nodes that compute nothing, beside the views that torch calls so."""
 
 
 @frozen(kw_only=True)
@@ -46,7 +55,7 @@ class LayerCosts:
 def layer_costs(program: Program, pattern: str) -> LayerCosts:
     """The costs of the modules that a `pipeline=` pattern matches.
 
-    A contraction of [M, K] with [K, N] counts 2*M*N*K, as do attention's two and torch's registry of formulas; a
+    A contraction of [M, K] with [K, N] counts 2*M*N*K, and what has a formula in torch's counter what that says; a
     view counts nothing, any other operator one for each element that it makes, and a parameter one for each element,
     in each module that reads it. What runs between two layers goes with the earlier.
 
@@ -101,28 +110,24 @@ def _work(graph: Graph, prefix: str, regex: re.Pattern[str], blocks: dict[int, i
 
 def operations(node: Node, graph: Graph) -> int:
     """The floating-point operations of a node that is no call of a block, as `layer_costs` counts them."""
-    if node.op in ("point", "written"):
+    if node.op in FREE:
         return 0
-    made = [graph.values[index].shape for index in node.outputs if index is not None]
-    size = sum(math.prod(shape) for shape in made)
-    if not isinstance(node.func, OpOverload):
+    size = sum(math.prod(graph.values[index].shape) for index in node.outputs if index is not None)
+    func = node.func
+    if not isinstance(func, OpOverload):
         return size
-    packet = node.func.overloadpacket
-    if packet in flop_registry:
-        args, kwargs = substitute((node.args, node.kwargs), lambda ref: _meta(graph.values[ref.index].shape))
-        outs = [_meta(shape) for shape in made]
-        return int(flop_registry[packet](*args, **kwargs, out_val=outs[0] if len(outs) == 1 else tuple(outs)))
-    shapes = [graph.values[ref.index].shape for ref in node.operands]
-    if packet is aten.scaled_dot_product_attention:
-        (*_, size_E), (*_, size_S, _), (*_, size_Ev) = shapes[:3]
-        return 2 * math.prod(made[0][:-1]) * size_S * (size_E + size_Ev)
-    if packet in PRODUCTS:
-        return 2 * size * shapes[0][-1]
-    return 0 if _is_view(node.func) else size
+    packet = func.overloadpacket
+    if packet in flop_registry or packet in PRODUCTS or func._can_decompose():
+        args, kwargs = substitute((node.args, node.kwargs), lambda ref: _meta(graph.values[ref.index]))
+        with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter, torch.no_grad():
+            func(*args, **kwargs)
+        if counted := counter.get_total_flops():
+            return counted
+    return 0 if _is_view(func) else size
 
 
-def _meta(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.empty(shape, device="meta")
+def _meta(value: Value) -> torch.Tensor:
+    return torch.empty(value.shape, dtype=value.dtype, device="meta")
 
 
 def _is_view(func: Any) -> bool:

@@ -193,21 +193,25 @@ def timeline(schedule: str, ranks: int, microbatches: int, virtual: int, costs: 
 def _picture(shown: Timeline) -> str:
     single = all(len({span.action.stage for span in spans}) == 1 for spans in shown.ranks)
     scale, names = _names_scale(shown, single)
+    legend = [f"held: the most in flight; {IDLE} is idle"]
     if scale * shown.makespan <= LABELLED:
         rows = [_labelled(spans, shown.makespan, scale, names) for spans in shown.ranks]
-        legend = "a number is a microbatch" if single else "a name is stage, kind, microbatch"
+        legend[0] += "; a number is a microbatch" if single else "; a name is stage, kind, microbatch"
     else:
         rows = [_scaled(spans, shown.makespan) for spans in shown.ranks]
-        legend = f"{BOTH} is forwards and backwards in turn; a column is {shown.makespan / SCALED:.4g}"
-        legend += "" if single else "; small letters: a rank's second stage, fourth, ..."
+        legend[0] += f"; a column is {shown.makespan / SCALED:.4g}"
+        legend += [f"{BOTH} is forwards and backwards in turn"] if any(BOTH in row for row in rows) else []
+        legend += [] if single else ["small letters are a rank's second stage, fourth, ..."]
     width = len(str(len(rows) - 1))
-    lines = [f"{shown.title}; makespan {shown.makespan:.6g}, bubble {shown.bubble:.1%}"]
-    lines.append(f"{'':{width + 5}} idle held")
+    lines = [
+        f"{shown.title}; makespan {shown.makespan:.6g}, bubble {shown.bubble:.1%}",
+        f"{'':{width + 5}} idle held",
+    ]
     lines += [
         f"rank {rank:>{width}} {idle:>4.0%} {held:>4} |{row}|"
         for rank, (row, idle, held) in enumerate(zip(rows, shown.idle, shown.in_flight, strict=True))
     ]
-    return "\n".join([*lines, f"held: most in flight; {IDLE} is idle; {legend}"])
+    return "\n".join([*lines, *legend])
 
 
 def _names_scale(shown: Timeline, single: bool) -> tuple[float, Mapping[Action, str]]:
