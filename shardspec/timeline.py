@@ -31,6 +31,8 @@ class StageCosts:
             raise ValueError("a stage has one forward and both halves of a backward")
         if any(cost < 0 for cost in (*self.forward, *self.backward_input, *self.backward_weight)):
             raise ValueError("no action takes less than no time")
+        if not any(self.forward):
+            raise ValueError("a stage's forward takes time, or there is no timeline")
 
     @classmethod
     def of_products(cls, forward: Sequence[float]) -> "StageCosts":
@@ -136,9 +138,9 @@ def simulate(order: Sequence[Sequence[Action]], costs: StageCosts, title: str = 
             sent = "F" if home.get(stage - 1) == rank else "SEND_F"
             return [(stage - 1, sent, microbatch)] if stage else []
         if action.kind in ("B", "I"):
-            own = (stage, "F", microbatch)
             sent = "B" if home.get(stage + 1) == rank else "SEND_B"
-            return [own, (stage + 1, sent, microbatch)] if stage + 1 in home else [own]
+            # The backward of the stage after waited for its forward, and that for this stage's.
+            return [(stage + 1, sent, microbatch) if stage + 1 in home else (stage, "F", microbatch)]
         return [(stage, {"W": "I", "SEND_F": "F", "SEND_B": "B"}[action.kind], microbatch)]
 
     moved = True

@@ -153,7 +153,7 @@ def test_layers_are_told_by_their_index_wherever_they_stand():
         def __init__(self):
             super().__init__()
             self.towers = nn.ModuleList([Stack([8] * 11), Stack([8] * 2)])
-            self.named = nn.ModuleDict({"block7": nn.Linear(16, 16, bias=False)})
+            self.named = nn.ModuleDict({"block7": nn.Sequential(nn.Linear(16, 16, bias=False))})
 
         def forward(self, tokens):
             return self.named["block7"](self.towers[0](tokens) + self.towers[1](tokens))

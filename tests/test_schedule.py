@@ -131,6 +131,11 @@ def test_1f1b_warms_up_by_its_distance_from_the_end_and_then_alternates():
     ]
 
 
+def test_what_torch_calls_overlapped_runs_the_forward_first():
+    """Written down from the steps of torch's class, of which the fourth overlaps 1F1 with 0B0."""
+    assert computed("DualPipeV", 1, 2, 2) == ["0F0 1F0 0F1 1B0 1F1 0B0 1B1 0I1 0W1"]
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_schedules_that_split_a_backward_are_named(schedule):
     virtual = stages_per_rank(schedule)
@@ -240,6 +245,18 @@ def test_a_neighbour_waits_for_the_sending_and_not_only_for_the_forward():
     assert [span.start for span in shown.ranks[1]] == [6, 7, 8, 9]
 
 
+def test_gradients_too_arrive_when_they_are_sent():
+    order = [acts("0F0 0SEND_F0 0F1 0SEND_F1 0B0 0B1"), acts("1F0 1F1 1B0 1B1 1SEND_B0 1SEND_B1")]
+    shown = simulate(order, StageCosts(forward=[1, 1], backward_input=[2, 2], backward_weight=[0, 0]))
+    assert [span.start for span in shown.ranks[0]] == [0, 1, 7, 9]
+
+
+def test_stages_on_one_rank_wait_for_each_other_without_a_sending():
+    order = [acts("0F0 0SEND_F0 0B0"), acts("1F0 2F0 2B0 1B0 1SEND_B0")]
+    shown = simulate(order, equal(3))
+    assert [span.start for rank in shown.ranks for span in rank] == [0, 7, 1, 2, 3, 5]
+
+
 @pytest.mark.parametrize(
     ("order", "message"),
     [
@@ -265,6 +282,8 @@ def test_costs_for_other_stages_and_below_nothing_are_errors():
         timeline("LoopedBFS", 2, 4, 2, equal(2))
     with pytest.raises(ValueError, match="no action takes less than no time"):
         StageCosts(forward=[-1], backward_input=[1], backward_weight=[1])
+    with pytest.raises(ValueError, match="takes time"):
+        StageCosts(forward=[0, 0], backward_input=[1, 1], backward_weight=[1, 1])
     with pytest.raises(ValueError, match="both halves"):
         StageCosts(forward=[1, 1], backward_input=[1], backward_weight=[1])
 
