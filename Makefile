@@ -12,7 +12,7 @@ help:
 	@echo "make train   train the debug Llama on fsdp=2,tp=2 (TRAIN_ARGS=... for another run)"
 	@echo "make test    lint, types and every test"
 	@echo "make lint    ruff and basedpyright alone"
-	@echo "make sweep   what takes long: parity on every mesh, operators and edited tables by brute force"
+	@echo "make sweep   what takes long: parity on every mesh, memory, operators and edited tables by brute force"
 	@echo "make bench   time and memory against hand-written code"
 	@echo "make clean   remove the environment and what runs left"
 
@@ -42,6 +42,7 @@ sweep: $(READY)
 	$(PY) -m benchmarks.legal
 	$(PY) -m benchmarks.resharding --write
 	$(PY) -m benchmarks.kills --write
+	$(PY) -m benchmarks.memory
 
 bench: $(READY)
 	$(PY) -m benchmarks.bench $(ARGS)

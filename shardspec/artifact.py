@@ -7,12 +7,13 @@ from typing import Any
 import cattrs
 from attrs import fields
 
+from shardspec.amounts import Usage
 from shardspec.diagnostics import ShardingError
 from shardspec.layout import Digit, Sum
 from shardspec.mesh import Mesh
 from shardspec.plan import Plan
 
-VERSION = 1
+VERSION = 2
 
 MOST_TOLD = 3
 """How much of what is wrong with a file is told."""
@@ -66,12 +67,18 @@ def _converter() -> cattrs.Converter:
 CONVERTER = _converter()
 
 
-def write_plan(plan: Plan) -> str:
-    """The plan as JSON with a version; equal plans are equal texts."""
+def write_plan(plan: Plan, *, usage: bool = True) -> str:
+    """The plan as JSON with a version; equal plans are equal texts.
+
+    Args:
+        usage: write what a step holds too, which is counted for that.
+    """
     kept: dict[str, Any] = {
-        field.name: CONVERTER.unstructure(getattr(plan, field.name)) for field in fields(Plan) if field.name != "legal"
+        field.name: CONVERTER.unstructure(getattr(plan, field.name))
+        for field in fields(Plan)
+        if field.name not in ("legal", "counted")
     }
-    return json.dumps({"version": VERSION, **kept})
+    return json.dumps({"version": VERSION, **kept, "usage": CONVERTER.unstructure(plan.usage) if usage else None})
 
 
 def read_plan(text: str) -> Plan:
@@ -95,7 +102,10 @@ def read_plan(text: str) -> Plan:
     if type(version) is not int or version != VERSION:
         raise ValueError(f"the plan has version {version!r}, this shardspec reads version {VERSION}")
     try:
-        plan = CONVERTER.structure({**kept, "legal": None}, Plan)
+        usage = kept["usage"]
+        counted = None if usage is None else CONVERTER.structure(usage, Usage)
+        rest = {name: value for name, value in kept.items() if name != "usage"}
+        plan = CONVERTER.structure({**rest, "legal": None, "counted": counted}, Plan)
     except (cattrs.errors.BaseValidationError, KeyError, TypeError, ValueError, AttributeError) as error:
         told = cattrs.transform_error(error, path="plan")
         raise ValueError(f"the plan cannot be read: {'; '.join(told[:MOST_TOLD])}") from error

@@ -24,6 +24,7 @@ from shardspec.plan import ActivationPlan, LossPlan, ParamPlan, Plan, UnitPlan
 from shardspec.policy import Policy
 from shardspec.program import Program
 from shardspec.recording import trace
+from shardspec.residency import usage
 from shardspec.rules.match import as_pattern, fold, unused_axes
 from shardspec.rules.parse import Table, parse_table
 from shardspec.rules.table import Rules
@@ -355,6 +356,7 @@ def assemble(typed: TypedProgram, names: View, rules: Rules, policy: Policy, los
     )
     activations, entries = lowering.lower_activations(typed)
     last = lowering.last_unit(typed, units)
+    facts = lowering.constraints(typed)
     collectives = lowering.folded_collectives(
         [
             *lowering.repeated(
@@ -380,6 +382,7 @@ def assemble(typed: TypedProgram, names: View, rules: Rules, policy: Policy, los
         attributes=attributes,
         loss=loss,
         output=lowering.output_layouts(typed),
-        constraints=lowering.constraints(typed),
+        constraints=facts,
         last_unit=last,
+        counted=lambda: usage(typed, params, units, last, policy, facts),
     )

@@ -1,11 +1,12 @@
 """What must divide what, for a table to be legal on a mesh: facts that one walk records for all sizes of its axes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from math import gcd, prod
 
 from attrs import frozen
 
 from shardspec.diagnostics import Location
-from shardspec.mesh import Mesh, degree
+from shardspec.mesh import Mesh
 
 
 @frozen
@@ -20,10 +21,30 @@ class Constraint:
 
     def holds(self, mesh: Mesh) -> bool:
         """Whether a mesh satisfies it."""
-        return self.number % degree(mesh, self.axes) == 0
+        return self.divides(mesh.shape)
+
+    def divides(self, sizes: Mapping[str, int]) -> bool:
+        """Whether sizes of axes satisfy it; an axis that is absent has size one."""
+        return self.number % prod(sizes.get(axis, 1) for axis in self.axes) == 0
 
     def __str__(self) -> str:
         return f"{'*'.join(self.axes)} | {self.name or 'a dim'} = {self.number}"
+
+
+def satisfying(mesh: Mesh, facts: Iterable[Constraint], most: int) -> tuple[dict[str, int], ...]:
+    """The sizes of the mesh's axes larger than one that satisfy the facts; nothing where they are more than `most`, or
+    where an axis has no fact."""
+    facts = tuple(facts)
+    bounds = {axis: gcd(*(fact.number for fact in facts if axis in fact.axes)) for axis in mesh.axes}
+    found: list[dict[str, int]] = [{}]
+    for axis, bound in bounds.items():
+        sizes = [size for size in range(2, bound + 1) if bound % size == 0]
+        found = [{**others, axis: size} for others in found for size in sizes]
+        if not bound or len(found) > most:
+            return ()
+        known = [fact for fact in facts if set(fact.axes) <= found[0].keys()] if found else []
+        found = [sizes for sizes in found if all(fact.divides(sizes) for fact in known)]
+    return tuple(found)
 
 
 def strongest(found: Iterable[Constraint]) -> tuple[Constraint, ...]:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
@@ -164,6 +165,9 @@ class Plan:
     legal: Any = field(default=None, eq=False, repr=False)
     """Checks another mesh; absent from a plan that was read from a file."""
 
+    counted: Any = field(default=None, eq=False, repr=False)
+    """What a step holds on a rank, as `shardspec.amounts.Usage`, or what counts it when it is asked for."""
+
     @classmethod
     def deferred(cls, mesh: Mesh, legal: Callable[[int], tuple[Mesh, ...]], write: Callable[[], "Plan"]) -> "Plan":
         """A plan that is proved and whose rows `write` gives when one is asked for."""
@@ -185,6 +189,28 @@ class Plan:
 
         return render(self)
 
+    @cached_property
+    def usage(self) -> Any:
+        """What a step holds on a rank before an optimizer's state; None where nothing tells."""
+        return self.counted() if callable(self.counted) else self.counted
+
+    def memory(self, optimizer: Any = "adamw", *, stage: int | None = None) -> Any:
+        """The bytes on the rank that holds the most: kind -> sympy expression in the sizes of the axes.
+
+        The expressions hold for meshes with the same axes larger than one; `.at(mesh)` evaluates them, `.total` is
+        the most at any one moment of a step, `.resident` what lies there between steps.
+
+        Args:
+            optimizer: "adamw", "sgd" or "momentum"; an optimizer or any pair (init, update); None for no state.
+            stage: a pipeline stage; the fullest one where it is None.
+
+        Raises:
+            ShardingError: SS401 for what is no optimizer, or a stage that there is not.
+        """
+        from shardspec.memory import memory
+
+        return memory(self, optimizer, stage)
+
     @property
     def local_calls(self) -> dict[str, dict[tuple[str, int], Substitution]]:
         """Module -> (function, n-th call) -> its local form."""
@@ -196,7 +222,9 @@ class Plan:
     @property
     def hash(self) -> str:
         """A digest that two plans share if they run the same program."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+        from shardspec.artifact import write_plan
+
+        return hashlib.sha256(write_plan(self, usage=False).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
         """The plan as JSON, with a version; equal plans are equal texts."""

@@ -34,6 +34,8 @@ def render(plan: Plan) -> str:
         parts.append(_activations(plan))
     if plan.collectives:
         parts += [_collectives(plan), _volumes(plan)]
+    if plan.usage is not None:
+        parts.append(_memory(plan))
     return as_text(parts)
 
 
@@ -130,3 +132,15 @@ def _volumes(plan: Plan) -> Table:
 
 def _amount(size: int) -> str:
     return size_text(size) if size else ""
+
+
+def _memory(plan: Plan) -> Table:
+    held = plan.memory().at(plan.mesh)
+    title = (
+        f"memory of a rank with AdamW: at most {size_text(held.total)} at once (in {held.phase}), "
+        f"{size_text(held.resident)} between steps; the most of each kind"
+    )
+    kinds = {kind: size_text(size) for kind, size in held.items() if size}
+    table = new_table(title, *(f"{kind}>" for kind in kinds))
+    table.add_row(*kinds.values())
+    return table

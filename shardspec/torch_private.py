@@ -302,3 +302,8 @@ def forget_collectives(group: Any) -> None:
 def collectives_ended(group: Any) -> bool:
     """Whether a run was ended and threads of it may be left."""
     return group._terminate.is_set()
+
+
+def storage_key(tensor: Tensor) -> int:
+    """A number that two living tensors share if they share their storage."""
+    return tensor.untyped_storage()._cdata

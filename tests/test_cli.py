@@ -241,9 +241,9 @@ def test_a_users_own_code_that_raises_is_told_with_its_line(tmp_path, source, to
         ('{"version": 1}', "this is no plan: a JSON object with a version"),
         (
             '{"version": 99}',
-            "the plan has version 99, written by a newer shardspec; this one reads version 1",
+            "the plan has version 99, written by a newer shardspec; this one reads version 2",
         ),
-        ('{"version": 1, "mesh": {"tp": 0}}', "the plan cannot be read: "),
+        ('{"version": 2, "mesh": {"tp": 0}}', "the plan cannot be read: "),
         ("\x00", "this is no plan: "),
     ],
 )

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     "torch_private diagnostics names layout aliasing nests twin catalog",
     "mesh policy functional program moves schedule",
-    "spec constraints balance timeline",
-    "rules.table rules.operator",
+    "spec constraints balance timeline amounts",
+    "rules.table rules.operator peaks",
     "rules.parse rules.factors",
     (
         "rules.attention rules.contraction rules.index rules.loss rules.pointwise rules.random rules.reduction "
@@ -27,10 +27,13 @@ LAYERS = (
     "summary",
     "recording cotangent placement units report artifact picture",
     "difference page",
-    "stages",
+    "stages memory",
     "dryrun packed",
     "arguments claims lower fixes explain",
-    "hazards batch typecheck",
+    "hazards batch typecheck footprint",
+    "localrun",
+    "timeline",
+    "residency",
     "compiler",
     "runtime.agreement runtime.fabric runtime.failure runtime.gather runtime.optim runtime.rng runtime.vocab",
     "runtime.pieces runtime.publish",
@@ -69,6 +72,7 @@ LATE = {
     ("shardspec.plan", "shardspec.artifact"),
     ("shardspec.plan", "shardspec.difference"),
     ("shardspec.plan", "shardspec.page"),
+    ("shardspec.plan", "shardspec.memory"),
     ("shardspec.runtime.sharded", "shardspec.runtime.step"),
 }
 """Imports inside a function: methods that are a thin door to a module built on their own class."""

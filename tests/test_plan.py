@@ -10,6 +10,7 @@ from attrs import evolve, fields
 
 import shardspec as ss
 from models import gpt2, llama, vit
+from shardspec.amounts import Row, Term, Usage
 from shardspec.constraints import Constraint
 from shardspec.diagnostics import Location
 from shardspec.layout import Layout
@@ -99,7 +100,7 @@ def put(text: str, path: tuple[Any, ...], value: Any) -> str:
 
 
 KINDS = (Plan, ParamPlan, ActivationPlan, Collective, PointPlan, Move, Substitution, UnitPlan, LossPlan, Layout)
-FIELDS = {field.name for kind in (*KINDS, Constraint, Location) for field in fields(kind)}
+FIELDS = {field.name for kind in (*KINDS, Constraint, Location, Usage, Row, Term) for field in fields(kind)} | {"usage"}
 
 
 def test_a_value_of_another_kind_is_refused_wherever_it_stands(small):
@@ -111,7 +112,7 @@ def test_a_value_of_another_kind_is_refused_wherever_it_stands(small):
     for path in places:
         now = at(tree, path)
         for other in (str(now), 7, 1.0, True, [], {}, ["x"], {"x": 1}, None):
-            optional = now is None or (path[-1] in ("batch_dim", "layout", "before", "loss") and other is None)
+            optional = now is None or (path[-1] in ("batch_dim", "layout", "before", "loss", "usage") and other is None)
             digit = path[-3:-2] == ("dims",) and type(other) in (int, str)
             if type(other) is not type(now) and not optional and not digit:
                 try:
@@ -127,7 +128,7 @@ def test_a_change_of_any_value_is_a_difference_both_ways(small):
     tree = json.loads(text)
     for path in kinds_of_place(tree):
         now = at(tree, path)
-        if path[0] in ("version", "mesh") or isinstance(now, (dict, list, type(None))):
+        if path[0] in ("version", "mesh", "usage") or isinstance(now, (dict, list, type(None))):
             continue
         other = (not now) if isinstance(now, bool) else now + 1 if isinstance(now, int) else f"{now}x"
         if path[-1] == "phase":
@@ -145,10 +146,10 @@ def test_a_change_of_any_value_is_a_difference_both_ways(small):
         ("plan", "this is no plan: "),
         ("3", "this is no plan: "),
         ('{"version": 1}', "this is no plan: "),
-        ('{"version": 2}', "the plan has version 2, written by a newer shardspec; this one reads version 1"),
-        ('{"version": 0, "mesh": {}}', "the plan has version 0, this shardspec reads version 1"),
-        ('{"version": true, "mesh": {}}', "the plan has version True, this shardspec reads version 1"),
-        ('{"version": 1, "mesh": {"data": 2}}', "the plan cannot be read: "),
+        ('{"version": 3}', "the plan has version 3, written by a newer shardspec; this one reads version 2"),
+        ('{"version": 0, "mesh": {}}', "the plan has version 0, this shardspec reads version 2"),
+        ('{"version": true, "mesh": {}}', "the plan has version True, this shardspec reads version 2"),
+        ('{"version": 2, "mesh": {"data": 2}}', "the plan cannot be read: "),
         ("[" * 100_000, "this is no plan: "),
     ],
 )
