@@ -136,11 +136,10 @@ def _amount(size: int) -> str:
 
 def _memory(plan: Plan) -> Table:
     held = plan.memory().at(plan.mesh)
-    title = (
-        f"memory of a rank with AdamW: at most {size_text(held.total)} at once (in {held.phase}), "
-        f"{size_text(held.resident)} between steps; the most of each kind"
-    )
-    kinds = {kind: size_text(size) for kind, size in held.items() if size}
-    table = new_table(title, *(f"{kind}>" for kind in kinds))
-    table.add_row(*kinds.values())
+    table = new_table("memory of a rank, with AdamW", "at most", "bytes>")
+    for kind, size in held.items():
+        if size:
+            table.add_row(kind, size_text(size))
+    table.add_row("between steps", size_text(held.resident))
+    table.add_row(f"at once, in {held.phase}", size_text(held.total))
     return table
