@@ -32,7 +32,7 @@ LAYERS = (
     "arguments claims lower fixes explain",
     "hazards batch typecheck footprint",
     "localrun",
-    "timeline",
+    "moments",
     "residency",
     "compiler",
     "runtime.agreement runtime.fabric runtime.failure runtime.gather runtime.optim runtime.rng runtime.vocab",
