@@ -18,12 +18,12 @@ from shardspec.infer import TypedGraph, absolute
 from shardspec.layout import Sizes
 from shardspec.localrun import COLLECTIVES, LocalRun, moved
 from shardspec.lower import entry_plan, reduced_by_hand
+from shardspec.moments import GATHERED, GRADIENTS, Gathering, Setting, Timeline
 from shardspec.peaks import Noted, Peaks, undominated
 from shardspec.plan import ParamPlan, UnitPlan
 from shardspec.policy import Policy, chosen
 from shardspec.program import Node, Program, Ref, tensors
 from shardspec.stages import TypedProgram
-from shardspec.moments import GATHERED, GRADIENTS, Gathering, Setting, Timeline
 
 
 @define(eq=False)
