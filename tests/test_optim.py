@@ -1,7 +1,9 @@
 import copy
 import functools
+import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -167,6 +169,31 @@ def test_a_shard_is_updated_as_its_part_of_the_whole_to_one_rounding(build, _):
 def test_groups_that_do_not_fit_the_names_are_refused(groups, names, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         optim.adamw(groups=groups).check(names)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "message"),
+    [
+        (optim.adamw, {"lr": "1e-3"}, "lr='1e-3': a finite number of at least 0, or a function of the step"),
+        (optim.adamw, {"lr": -1.0}, "lr=-1.0"),
+        (optim.adamw, {"lr": math.nan}, "lr=nan"),
+        (optim.adamw, {"eps": -1e-8}, "eps=-1e-08: a finite number of at least 0"),
+        (optim.adamw, {"weight_decay": math.inf}, "weight_decay=inf"),
+        (optim.adamw, {"betas": (0.9, 1.0)}, "betas=(0.9, 1.0): two numbers of at least 0 and below 1"),
+        (optim.adamw, {"betas": (0.9,)}, "betas=(0.9,)"),
+        (optim.adamw, {"betas": 0.9}, "betas=0.9"),
+        (optim.adamw, {"groups": {"a": {"lr": -1.0}}}, "lr=-1.0"),
+        (optim.sgd, {"lr": 0.1, "momentum": -0.9}, "momentum=-0.9"),
+    ],
+)
+def test_numbers_that_would_spoil_the_parameters_are_refused(build, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(**options)
+
+
+def test_rates_of_numpy_and_of_torch_and_betas_from_json_are_taken():
+    for lr in (0, np.float32(0.1), torch.tensor(0.1), lambda step: 0.1 / step):
+        optim.adamw(lr=lr, betas=[0.0, 0.999])
 
 
 def test_options_that_do_not_exist_are_refused():

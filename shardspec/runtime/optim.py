@@ -1,8 +1,10 @@
 """Optimizers as pairs of pure functions over local shards, run by torch's own fused kernels."""
 
 import functools
+import math
+import numbers
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -53,6 +55,9 @@ def adamw(
 
     `lr` is a number or a function of the step. `groups` maps a regex, which must match a parameter's
     whole name, to the options that replace the ones given here.
+
+    Raises:
+        ValueError: for an option that does not exist, or a value that is out of range.
     """
     options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     return _build("adamw", options, groups, lambda _: ("exp_avg", "exp_avg_sq"), _run_adamw)
@@ -219,9 +224,27 @@ def _merge(defaults: Options, groups: Groups) -> dict[str, Options]:
             raise ValueError(f"optimizer group {pattern!r}: no option {key!r}; there are {', '.join(defaults)}")
     merged = {pattern: {**defaults, **options} for pattern, options in groups.items()}
     for options in (defaults, *merged.values()):
+        _check_options(options)
         if options.get("nesterov") and not options["momentum"]:
             raise ValueError("nesterov needs a momentum above 0")
     return merged
+
+
+def _check_options(options: Options) -> None:
+    """ValueError for a number that would spoil the parameters without a word, with torch's own bounds."""
+    for key in options.keys() & {"lr", "eps", "weight_decay", "momentum"}:
+        value = options[key]
+        if not (key == "lr" and callable(value)) and not _within(value, math.inf):
+            function = ", or a function of the step" if key == "lr" else ""
+            raise ValueError(f"{key}={value!r}: a finite number of at least 0{function}")
+    betas = options.get("betas", (0.0, 0.0))
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(_within(beta, 1.0) for beta in betas):
+        raise ValueError(f"betas={betas!r}: two numbers of at least 0 and below 1")
+
+
+def _within(value: Any, end: float) -> bool:
+    """Whether a value is a number from 0 up to `end`, which is not in it."""
+    return isinstance(value, (numbers.Real, Tensor)) and bool(0 <= value < end)
 
 
 def _group_of(name: str, groups: Mapping[str, Any]) -> str | None:
