@@ -26,7 +26,7 @@ from shardspec.rules.operator import named_arguments
 from shardspec.rules.parse import STORAGE_AXES, Entry, ParamClaim, Storage, change, without_axes
 from shardspec.stages import Claims, TypedProgram
 from shardspec.survey import View
-from shardspec.tracing import user_frame
+from shardspec.tracing import IN_THE_LOSS, user_frame
 
 
 def in_order(axes: Any) -> tuple[str, ...]:
@@ -540,11 +540,13 @@ def failed(error: Exception, inputs: Mapping[str, Any]) -> Diagnostic:
     message = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, KeyError):
         message = f"nothing is there under {error}"
+    in_loss = IN_THE_LOSS in getattr(error, "__notes__", ())
     return Diagnostic(
         code="SS402",
-        what=f"the model does not run on this batch: {message}",
+        what=f"the {'loss' if in_loss else 'model'} does not run on this batch: {message}",
         why=f"run once on meta tensors, before any layout matters; the batch is {shapes}",
         locations=user_frame(error),
+        advice=("a loss is called with what forward returns and the batch: loss(output, batch)",) if in_loss else (),
     )
 
 

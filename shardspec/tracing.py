@@ -509,6 +509,10 @@ def _on_meta(arg: Any) -> Any:
     return arg
 
 
+IN_THE_LOSS = "raised by the loss"
+"""A note on what a loss raises."""
+
+
 def run(tracer: Tracer, model: nn.Module, batch: Mapping[str, Any], loss_fn: Callable[..., Any] | None) -> Any:
     """Run forward and loss under a tracer; the program's `result` and `outputs` are set."""
     program = tracer.frames[0].graph
@@ -522,7 +526,11 @@ def run(tracer: Tracer, model: nn.Module, batch: Mapping[str, Any], loss_fn: Cal
             program.forward_nodes = len(program.nodes)
             if loss_fn is not None:
                 tracer.path = "loss"
-                out = loss_fn(out, dict(batch))
+                try:
+                    out = loss_fn(out, dict(batch))
+                except Exception as error:
+                    error.add_note(IN_THE_LOSS)
+                    raise
             program.result = tracer.refs(out)
     return out
 
