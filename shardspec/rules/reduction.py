@@ -204,7 +204,14 @@ def cross_entropy(call: Call) -> Typed:
     target_names = names if call.dtype(1).is_floating_point else lead
     labels = [names, target_names] + ([[classes]] if len(call.types) > 2 else [])
     out = lead if reduction == 0 else []
-    typed = unify(call, labels, [out], whole=[classes])
+    try:
+        typed = unify(call, labels, [out], whole=[classes])
+    except Refusal as refusal:
+        if refusal.code == "SS304" and refusal.operands == (0,):
+            refusal.why += (
+                "\nss.cross_entropy(logits, labels) reads a split vocabulary; its result is a sum and a weight"
+            )
+        raise
     if reduction == 1 and typed.outputs[0].layout.pending:
         axis = typed.outputs[0].layout.pending[0][0]
         raise Refusal(
