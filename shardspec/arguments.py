@@ -16,12 +16,22 @@ def kind_of(item: Any) -> str:
     return type(item).__name__
 
 
+def shown(item: Any) -> str:
+    """What was given, in words: its value where that is short, else the name of its class."""
+    text = repr(item)
+    return text if len(text) <= MOST_SHOWN and "\n" not in text else f"a {kind_of(item)}"
+
+
+MOST_SHOWN = 48
+"""Characters of a value in a message."""
+
+
 def check_arguments(rules: Any, mesh: Any, inputs: Any) -> None:
     """SS101 and SS401 for arguments that are no mesh, table or batch."""
     if not isinstance(mesh, Mesh):
         refuse(
             "SS101",
-            f"the mesh is a {kind_of(mesh)}: {mesh!r}",
+            f"the mesh is {shown(mesh)}",
             advice=('give ss.Mesh(fsdp=2, tp=2), or ss.Mesh.parse("fsdp=2,tp=2")',),
         )
     if not isinstance(rules, Rules):

@@ -184,11 +184,12 @@ take it out of the mesh. An axis of size one may stand anywhere: one table serve
     ),
     CodeEntry(
         code="SS211",
-        title="units= or attributes= names what is not there",
+        title="units=, attributes= or sizes= names what is not there",
         explanation="""\
 A pattern in `units` or `attributes` is matched whole against the FQNs of modules, not of parameters.
 One that matches nothing would silently leave the model in one unit, or a global size in a module. An
-attribute must exist and hold a whole number: the size that a rank's part of the module should see.""",
+attribute must exist and hold a whole number: the size that a rank's part of the module should see. A name in
+`sizes` must be a factor of some rule: a misspelt one would tell nothing.""",
         wrong='units=[r"layers\\.\\d+\\.weight"]      attributes={r"layers\\.\\d+": {"heads": "H@tp"}}',
         right='units=[r"layers\\.\\d+"]               attributes={r"layers\\.\\d+\\.attention": {"n_heads": "H@tp"}}',
     ),
@@ -478,7 +479,7 @@ cannot be called without.""",
     ),
     CodeEntry(
         code="SS402",
-        title="the model does not run on this batch",
+        title="the model or the loss does not run on this batch",
         explanation="""\
 Forward and loss are run once on meta tensors of the batch's shapes, before any layout matters, and raised.
 This is the model's own error, on any mesh and on none: shapes that do not fit, an entry that the loss reads
@@ -507,11 +508,11 @@ Rename or cast them before loading; names tied to one tensor must agree in their
     ),
     CodeEntry(
         code="SS405",
-        title="a number or a pattern that the policy cannot use",
+        title="a number, dtype or pattern that the policy cannot use",
         explanation="""\
 What changes speed and never meaning is policy: microbatches, accumulation, recomputation, clipping. Here a
-number is out of range (a step has at least one microbatch, a clip is above 0), or a pattern matches no unit of
-the table, so that what it asks for would not happen.""",
+number is out of range (a step has at least one microbatch, a clip is above 0), a dtype is no torch.dtype that
+holds fractions, or a pattern matches no unit of the table, so that what it asks for would not happen.""",
         wrong='ss.Policy(remat=[r"layer\\.\\d+"])',
         right='ss.Policy(remat=[r"layers\\.\\d+"])',
     ),

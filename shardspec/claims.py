@@ -24,7 +24,13 @@ def match_params(table: Table, names: View, mesh: Mesh) -> tuple[dict[str, Param
     def what(name: str) -> str:
         return "buffer" if names.parameters[name].is_buffer else "parameter"
 
-    claimed, found = assign(table.params, names.parameters, what=what, place=table.rules.location)
+    claimed, found = assign(
+        table.params,
+        names.parameters,
+        what=what,
+        place=table.rules.location,
+        elsewhere=lambda: (*names.arguments, *names.modules),
+    )
     shaped: list[tuple[str, Entry, tuple[int, ...]]] = []
     wrong: dict[Entry, Diagnostic] = {}
     for name, entry in claimed.items():
@@ -135,6 +141,7 @@ def match_points(
         alive=alive,
         shapes={name: shapes[name] for name in entries},
         place=table.rules.location,
+        elsewhere=lambda: names.whole.parameters,
     )
     for name, entry in list(claimed.items()):
         other = claimed.get(aliases.get(name, name))

@@ -25,7 +25,7 @@ from shardspec.policy import Policy
 from shardspec.program import Program
 from shardspec.recording import trace
 from shardspec.residency import usage
-from shardspec.rules.match import as_pattern, fold, unused_axes
+from shardspec.rules.match import as_pattern, fold, unknown_sizes, unused_axes
 from shardspec.rules.parse import Table, parse_table
 from shardspec.rules.table import Rules
 from shardspec.stages import Claims, TypedProgram
@@ -165,7 +165,8 @@ class Compiler:
         """
         table, found = parse_table(self.rules)
         settle(found)
-        settle([*unused_axes(table, mesh, pipelined=self.rules.pipeline is not None), *unbuilt(self.rules, mesh)])
+        settle(unknown_sizes(table))
+        settle([*unused_axes(table, mesh), *unbuilt(self.rules, mesh)])
         return table, self.kin(table)
 
     def kin(self, table: Table) -> Kin:

@@ -37,6 +37,16 @@ class Policy:
     reshard_after_forward: bool | tuple[str, ...] = field(default=True, converter=_patterns)
 
     def __attrs_post_init__(self) -> None:
+        for name in ("param_dtype", "reduce_dtype"):
+            dtype = getattr(self, name)
+            if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+                refuse(
+                    "SS405",
+                    f"{name}={dtype!r}",
+                    why="parameters are read, and gradients summed, in a dtype of torch that holds fractions",
+                    locations=(calling_line(),),
+                    advice=(f"give {name}=torch.bfloat16, or leave it out to keep each parameter's own",),
+                )
         if self.accumulate < 1:
             refuse(
                 "SS405",

@@ -41,6 +41,8 @@ class View:
 
     parameters: dict[str, Parameter]
     modules: dict[str, nn.Module]
+    arguments: tuple[str, ...] = ()
+    """Of the model's forward."""
 
 
 @define(eq=False)
@@ -59,7 +61,7 @@ class Survey:
     def whole(self) -> View:
         """Every name, in the model's order."""
         modules = {name: module for name, module in self.model.named_modules() if name}
-        return View(parameters_of(self.model), modules)
+        return View(parameters_of(self.model), modules, self.arguments)
 
     def outline(self, heads: Mapping[str, str]) -> View:
         """The names outside of repeated blocks, and those inside the blocks that stand for others.
@@ -67,7 +69,7 @@ class Survey:
         Args:
             heads: block -> the block that stands for it.
         """
-        found = View({}, {})
+        found = View({}, {}, self.arguments)
         self._outline(self.model, "", heads, found, {})
         return found
 

@@ -1,13 +1,17 @@
 """Units: the modules that are gathered, rematerialised and compiled together."""
 
+import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from shardspec.diagnostics import Diagnostic
+from shardspec.names import fold
 from shardspec.plan import UnitPlan
+from shardspec.rules.match import as_pattern
 from shardspec.rules.table import Rules
 from shardspec.spec import SpecError, parse
 from shardspec.survey import View
+from shardspec.twin import MODULE_STATE
 
 
 def resolve_units(rules: Rules, names: View) -> tuple[tuple[UnitPlan, ...], list[Diagnostic]]:
@@ -25,7 +29,7 @@ def resolve_units(rules: Rules, names: View) -> tuple[tuple[UnitPlan, ...], list
         for pattern in patterns:
             hits = [name for name in names.modules if re.fullmatch(pattern, name)]
             if not hits:
-                found.append(_unknown(rules, pattern, "units"))
+                found.append(_unknown(rules, pattern, "units", names.modules))
             matched += hits
         for name in matched:
             if name in owner:
@@ -36,12 +40,36 @@ def resolve_units(rules: Rules, names: View) -> tuple[tuple[UnitPlan, ...], list
     return (() if found else tuple(_fill(groups, first_names))), found
 
 
-def _unknown(rules: Rules, pattern: str, where: str) -> Diagnostic:
+def _unknown(rules: Rules, pattern: str, where: str, modules: Iterable[str]) -> Diagnostic:
+    known = list(dict.fromkeys(map(fold, modules)))
+    near = difflib.get_close_matches(pattern, list(map(as_pattern, known)), n=1)
+    listed = "" if near else "\nthe modules are " + ", ".join(known[:MOST_MODULES])
+    listed += ", ..." if listed and len(known) > MOST_MODULES else ""
     return Diagnostic(
         code="SS211",
         what=f'{where}: r"{pattern}" matches no module',
-        why="a pattern there is matched whole against the FQN of a module",
+        why=f"a pattern there is matched whole against the FQN of a module{listed}",
         locations=(rules.line_of(pattern),),
+        advice=(f'did you mean r"{near[0]}"?',) if near else (),
+    )
+
+
+MOST_MODULES = 12
+"""How many modules a message lists."""
+
+
+def _no_size(rules: Rules, pattern: str, name: str, module: object, attribute: str) -> Diagnostic:
+    """SS211 for an attribute that a module does not have, or that is no whole number."""
+    sizes = {key: value for key, value in vars(module).items() if type(value) is int and key not in MODULE_STATE}
+    has = hasattr(module, attribute)
+    near = difflib.get_close_matches(attribute, list(sizes), n=1)
+    held = ", ".join(f"{key}={value}" for key, value in sizes.items()) or "none"
+    return Diagnostic(
+        code="SS211",
+        what=f"{name} has no attribute {attribute} that holds a size",
+        why=(f"{attribute} is {getattr(module, attribute)!r}\n" if has else "") + f"its whole numbers are: {held}",
+        locations=(rules.line_of(pattern),),
+        advice=(f"did you mean {near[0]}?",) if near else (),
     )
 
 
@@ -97,7 +125,7 @@ def resolve_attributes(
     for pattern, named in rules.attributes.items():
         hits = [name for name in modules if re.fullmatch(pattern, name)]
         if not hits:
-            found.append(_unknown(rules, pattern, "attributes"))
+            found.append(_unknown(rules, pattern, "attributes", modules))
         for attribute, text in named.items():
             try:
                 axes = parse(text).axes
@@ -116,14 +144,7 @@ def resolve_attributes(
             for name in hits:
                 value = getattr(modules[name], attribute, None)
                 if not isinstance(value, int) or isinstance(value, bool):
-                    found.append(
-                        Diagnostic(
-                            code="SS211",
-                            what=f"{name} has no attribute {attribute} that holds a size",
-                            why=f"attributes= names whole numbers; {attribute} is {value!r}",
-                            locations=(rules.line_of(pattern),),
-                        )
-                    )
+                    found.append(_no_size(rules, pattern, name, modules[name], attribute))
                     break
                 if value % share:
                     found.append(

@@ -336,3 +336,65 @@ def test_whatever_a_models_forward_raises_is_told_with_its_line(tmp_path, monkey
     assert said in diagnostic.what
     assert diagnostic.locations[0].line == 4
     assert diagnostic.locations[0].text == statement
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"param_dtype": "bf16"}, "param_dtype='bf16'"),
+        ({"reduce_dtype": "bf16"}, "reduce_dtype='bf16'"),
+        ({"param_dtype": torch.int32}, "param_dtype=torch.int32"),
+        ({"param_dtype": torch.complex64}, "param_dtype=torch.complex64"),
+    ],
+)
+def test_a_policy_takes_dtypes_that_hold_fractions(options, words):
+    codes, text = diagnosis(lambda: ss.Policy(**options))
+    assert codes == {"SS405"}
+    assert words in text
+
+
+def test_a_dict_is_no_policy():
+    codes, text = diagnosis(lambda: ss.shard(llama, RULES, ss.Mesh(), policy={"remat": True}))
+    assert codes == {"SS405"}
+    assert "the policy is a dict" in text
+
+
+def test_what_stands_in_the_place_of_another_argument_is_told_by_its_kind_alone():
+    codes, text = diagnosis(lambda: ss.compile(llama, ss.Mesh(), RULES, make_batch()))
+    assert codes == {"SS101"}
+    assert "the mesh is a Rules\n" in text
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(2))])
+    codes, text = diagnosis(lambda: shard().init(optimizer, seed=0))
+    assert codes == {"SS407"}
+    assert "the optimizer is a AdamW\n" in text
+
+
+def test_a_size_for_a_factor_of_no_rule_is_refused_and_none_forgets_one():
+    wrong = RULES.override(sizes={"hdd": 4})
+    codes, text = diagnosis(lambda: ss.compile(llama, wrong, ss.Mesh(), make_batch()))
+    assert codes == {"SS211"}
+    assert "did you mean hd?" in text
+    codes, text = diagnosis(lambda: ss.compile(llama, RULES.override(sizes={"hd": "4"}), ss.Mesh(), make_batch()))
+    assert codes == {"SS211"}
+    assert "hd is '4'" in text
+    ss.compile(llama, wrong.override(sizes={"hdd": None}), ss.Mesh(), make_batch())
+
+
+def test_one_pattern_is_one_unit_in_an_override_too():
+    assert RULES.override(units=r"layers\.\d+").units == (r"layers\.\d+",)
+
+
+def test_a_rule_in_the_wrong_part_of_the_table_is_told_where_it_belongs():
+    text = diagnosis(
+        lambda: ss.compile(llama, RULES.override(activations={r"norm\.weight": "D"}), ss.Mesh(), make_batch())
+    )[1]
+    assert "norm.weight is a name of params" in text
+
+
+def test_an_error_of_the_loss_is_told_as_the_losss():
+    text = diagnosis(lambda: ss.compile(llama, RULES, ss.Mesh(), make_batch(), lambda batch, output: batch["labels"]))[
+        1
+    ]
+    assert "SS402" in text
+    assert "the loss does not run on this batch" in text
+    assert "loss(output, batch)" in text

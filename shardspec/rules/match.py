@@ -33,6 +33,7 @@ def assign(
     alive: Callable[[Entry], bool] = lambda _: False,
     shapes: Mapping[str, Sequence[int]] | None = None,
     place: Location | None = None,
+    elsewhere: Callable[[], Iterable[str]] = tuple,
 ) -> tuple[dict[str, Entry], list[Diagnostic]]:
     """Match names to entries.
 
@@ -42,6 +43,7 @@ def assign(
         alive: entries that may claim none of the names.
         shapes: of the names, where they are known: what a rule of another name might say is then tried.
         place: where the table is made.
+        elsewhere: names that the other part of the table is matched against.
 
     Returns:
         name -> entry, and SS202 (unclaimed), SS203 (dead rule), SS204 (overlap).
@@ -71,7 +73,7 @@ def assign(
     if lost:
         found.append(_unclaimed(lost, what, _like(lost, claimed, shapes or {}), place))
     free = [name for name in names if name not in claimed]
-    found += [_dead(entry, names, free) for entry in dead]
+    found += [_dead(entry, names, free, elsewhere) for entry in dead]
     return claimed, found
 
 
@@ -158,13 +160,14 @@ def _unclaimed(
     kinds = f"{what(first)} {next(iter(lost))}"
     more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
     patterns = [f'r"{as_pattern(template)}"' for template in lost]
+    part = "params" if what(first) in ("parameter", "buffer") else "activations"
     return Diagnostic(
         code="SS202",
         what=f"no rule claims {kinds}{more}",
         why="replicated is written (a spec with no axis), never assumed",
         locations=(place,) if place else (),
         matches=", ".join(map(_count, lost.values())),
-        advice=tuple(f"add a rule for {pattern}" for pattern in patterns[:MOST_PATTERNS]),
+        advice=tuple(f"add a rule to {part} for {pattern}" for pattern in patterns[:MOST_PATTERNS]),
         hints=tuple(itertools.islice(like, MOST_PATTERNS)),
     )
 
@@ -173,7 +176,9 @@ MOST_PATTERNS = 6
 """How many rules a message asks for, or tries."""
 
 
-def _dead(entry: Entry, names: Sequence[str], free: Sequence[str]) -> Diagnostic:
+def _dead(
+    entry: Entry, names: Sequence[str], free: Sequence[str], elsewhere: Callable[[], Iterable[str]]
+) -> Diagnostic:
     """SS203 for a rule that claims nothing, and that no unclaimed name needs."""
     pattern = entry.rule.pattern
     near = difflib.get_close_matches(pattern, [as_pattern(name) for name in folded(free)], n=1, cutoff=0.5)
@@ -182,12 +187,14 @@ def _dead(entry: Entry, names: Sequence[str], free: Sequence[str]) -> Diagnostic
     if near:
         text = f'r"{near[0]}": {quoted(entry.rule.value)}'
         edits.insert(0, RuleEdit(text, *((renamed, {}) if entry.rule.kind == "params" else ({}, renamed)), (pattern,)))
+    other = "activations" if entry.rule.kind == "params" else "params"
+    misplaced = next((f"\n{name} is a name of {other}" for name in elsewhere() if entry.regex.fullmatch(name)), "")
     return Diagnostic(
         code="SS203",
-        what="the rule matches nothing",
-        why=f"{len(names)} names were tried",
+        what=f"the rule of {entry.rule.kind} matches nothing" if misplaced else "the rule matches nothing",
+        why=f"{len(names)} names were tried{misplaced}",
         locations=(entry.location,),
-        advice=(f'did you mean r"{near[0]}"?',) if near else ("drop it",),
+        advice=(f'did you mean r"{near[0]}"?',) if near else (f"move it to {other}",) if misplaced else ("drop it",),
         hints=tuple(edits),
     )
 
@@ -198,19 +205,36 @@ def _nearest(pattern: str, dead: Sequence[Entry]) -> Entry | None:
     return best[1] if best[0] > 0.7 else None
 
 
-def unused_axes(table: Table, mesh: Mesh, pipelined: bool) -> Iterator[Diagnostic]:
-    """SS210 for an axis larger than one that no rule names."""
+def unused_axes(table: Table, mesh: Mesh) -> Iterator[Diagnostic]:
+    """SS210 for an axis larger than one that no rule names; `pp` is none that a rule could."""
     used = {axis for entry in (*table.params, *table.activations) for axis in entry.spec.axes}
-    if pipelined:
-        used.add("pp")
     for axis in mesh.axes:
-        if axis not in used:
+        if axis not in used and axis != "pp":
             yield Diagnostic(
                 code="SS210",
                 what=f"no rule uses the mesh axis {axis}={mesh[axis]}",
                 why=f"its {mesh[axis]} ranks would do the same work {mesh[axis]} times",
                 locations=(table.rules.location,),
+                advice=(f"split something over {axis} in a rule, or leave {axis} out of the mesh",),
             )
+
+
+def unknown_sizes(table: Table) -> Iterator[Diagnostic]:
+    """SS211 for a factor that `sizes=` tells and no rule has, or a size that is no length."""
+    specs = [entry.spec for entry in (*table.params, *table.activations)]
+    factors = {factor.name for spec in specs for dim in spec.dims for factor in dim.factors}
+    for factor, size in table.rules.sizes.items():
+        whole = type(size) is int and size >= 1
+        if factor in factors and whole:
+            continue
+        near = difflib.get_close_matches(factor, sorted(factors), n=1)
+        yield Diagnostic(
+            code="SS211",
+            what=f"sizes: no rule has a factor {factor}" if whole else f"sizes: {factor} is {size!r}",
+            why="sizes= tells the lengths of factors that the rules name: whole numbers of at least 1",
+            locations=(table.rules.location,),
+            advice=(f"did you mean {near[0]}?",) if near and whole else (),
+        )
 
 
 def idle_batch_axes(entries: Mapping[str, Entry], mesh: Mesh) -> Iterator[Diagnostic]:

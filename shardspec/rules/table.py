@@ -102,9 +102,7 @@ class Rules:
         self.__attrs_init__(  # pyright: ignore[reportAttributeAccessIssue]
             params=_entries("params", params, origin),
             activations=_entries("activations", activations or {}, origin),
-            units=(units,)
-            if isinstance(units, str)
-            else tuple(unit if isinstance(unit, str) else tuple(unit) for unit in units),
+            units=_units(units),
             pipeline=pipeline,
             experts=experts,
             attributes={pattern: dict(named) for pattern, named in (attributes or {}).items()},
@@ -137,12 +135,14 @@ class Rules:
         activations: Mapping[str, str | P] | None = None,
         drop: Sequence[str] = (),
         units: Sequence[Unit] | None = None,
-        sizes: Mapping[str, int] | None = None,
+        sizes: Mapping[str, int | None] | None = None,
         pipeline: str | None = None,
         experts: str | None = None,
         attributes: Mapping[str, Mapping[str, str]] | None = None,
     ) -> "Rules":
         """A new table: an entry with the same pattern is replaced, others are added, `drop` removes patterns.
+
+        `units` replaces those of the table; a size of None in `sizes` forgets the table's.
 
         Raises:
             ShardingError: SS201 for a pattern in `drop` that the table does not have.
@@ -156,14 +156,14 @@ class Rules:
         new.__attrs_init__(  # pyright: ignore[reportAttributeAccessIssue]
             params=_merge(self.params, _entries("params", params or {}, origin), drop),
             activations=_merge(self.activations, _entries("activations", activations or {}, origin), drop),
-            units=self.units if units is None else tuple(units),
+            units=self.units if units is None else _units(units),
             pipeline=self.pipeline if pipeline is None else pipeline,
             experts=self.experts if experts is None else experts,
             attributes={
                 **self.attributes,
                 **{pattern: dict(named) for pattern, named in (attributes or {}).items()},
             },
-            sizes={**self.sizes, **(sizes or {})},
+            sizes={name: size for name, size in {**self.sizes, **(sizes or {})}.items() if size is not None},
             origin=self.origin,
             origins=(*self.origins, origin),
         )
@@ -179,6 +179,12 @@ def _absent(pattern: str, rules: Rules, origin: Origin) -> Diagnostic:
         locations=(Location(file=shorten(origin.file), line=_line_of(origin.file, origin.line, pattern)),),
         advice=(f'did you mean r"{near[0]}"?',) if near else (),
     )
+
+
+def _units(units: Unit | Sequence[Unit]) -> tuple[Unit, ...]:
+    """One pattern, or several, as the units of a table."""
+    listed = (units,) if isinstance(units, str) else units
+    return tuple(unit if isinstance(unit, str) else tuple(unit) for unit in listed)
 
 
 def _entries(kind: str, table: Mapping[str, str | P], origin: Origin) -> tuple[Rule, ...]:

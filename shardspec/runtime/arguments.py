@@ -5,11 +5,23 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from shardspec.arguments import shown
 from shardspec.diagnostics import Diagnostic, calling_line, refuse
 from shardspec.plan import UnitPlan
 from shardspec.policy import Policy
 from shardspec.rules.match import as_pattern, fold
 from shardspec.runtime.optim import Optimizer
+
+
+def check_policy(policy: Any) -> None:
+    """SS405 for what is neither a policy nor None."""
+    if policy is not None and not isinstance(policy, Policy):
+        refuse(
+            "SS405",
+            f"the policy is a {type(policy).__name__}",
+            locations=(calling_line(),),
+            advice=("give ss.Policy(remat=True, accumulate=2), or leave it out",),
+        )
 
 
 def unmatched_policy(policy: Policy, units: tuple[UnitPlan, ...]) -> Iterator[Diagnostic]:
@@ -41,7 +53,7 @@ def as_optimizer(optimizer: Any) -> Optimizer:
     if isinstance(optimizer, type) or not all(map(callable, pair)):
         refuse(
             "SS407",
-            f"the optimizer is {optimizer!r}",
+            f"the optimizer is {shown(optimizer)}",
             why="an optimizer is a pair of pure functions, init(params) and update(grads, opt_state, params, step)",
             advice=("give ss.adamw(...), ss.sgd(...) or ss.Optimizer(init=..., update=...)",),
         )

@@ -22,7 +22,7 @@ from shardspec.policy import Policy
 from shardspec.rules.match import fold, folded
 from shardspec.runtime.agreement import agree, details_of, fingerprint
 from shardspec.runtime.apply import LocalModel, apply, build_source, local_part
-from shardspec.runtime.arguments import as_optimizer, unmatched_policy
+from shardspec.runtime.arguments import as_optimizer, check_policy, unmatched_policy
 from shardspec.runtime.attach import Wiring, attach
 from shardspec.runtime.fabric import Fabric, check_world, connect, join_world
 from shardspec.runtime.failure import Notices
@@ -443,9 +443,12 @@ def shard(
         model: a module, or a function that builds one (then its initial values can be made shard by shard).
         inputs: a global batch, or only its shapes; without it the typing waits for the first batch.
 
+        policy: how it is run, where the defaults are not what is wanted.
+
     Raises:
         ShardingError: for a table that does not fit, a world of another size, or ranks that disagree.
     """
+    check_policy(policy)
     return Sharded(model, rules, mesh, inputs, policy or Policy())
 
 
