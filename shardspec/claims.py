@@ -30,6 +30,7 @@ def match_params(table: Table, names: View, mesh: Mesh) -> tuple[dict[str, Param
         what=what,
         place=table.rules.location,
         elsewhere=lambda: (*names.arguments, *names.modules),
+        ties={name: known.first for name, known in names.parameters.items() if name != known.first},
     )
     shaped: list[tuple[str, Entry, tuple[int, ...]]] = []
     wrong: dict[Entry, Diagnostic] = {}

@@ -412,22 +412,46 @@ def _split_operands(typed: TypedGraph, node: Node) -> list[Ref]:
 
 
 def attribute_edits(module: object, claims: Claims, degrees: Mapping[str, int]) -> Iterator[dict[str, str]]:
-    """Attributes of a module that hold the size of a factor that is split: all of them first, then all but one."""
+    """Attributes of a module that hold the size of a factor that is split: all of them first, then all but one.
+
+    After them, one at a time, those that may be the size of a factor whose group alone is known.
+    """
     split: dict[int, str] = {}
-    for entry in (*claims.table.params, *claims.table.activations):
-        for dim in entry.spec.dims:
+    groups: dict[str, int] = {}
+    for entry, shape in _specs(claims):
+        for at, dim in enumerate(entry.spec.dims):
             for factor in dim.factors:
                 axes = tuple(axis for axis in factor.axes if axis not in (*STORAGE_AXES, *BATCH_AXES))
+                if not any(axis in degrees for axis in axes):
+                    continue
+                mark = axes[0] if len(axes) == 1 else f"({','.join(axes)})"
+                text = f"{factor.name}@{mark}"
                 size = claims.sizes.known.get(factor.name)
-                if size is not None and any(axis in degrees for axis in axes):
-                    mark = axes[0] if len(axes) == 1 else f"({','.join(axes)})"
-                    split.setdefault(size, f"{factor.name}@{mark}")
+                if size is not None:
+                    split.setdefault(size, text)
+                elif shape:
+                    groups.setdefault(text, shape[at])
     held = {name: value for name, value in vars(module).items() if type(value) is int and name not in MODULE_STATE}
     named = {name: split[value] for name, value in held.items() if value in split}
     if named:
         yield named
     for name in named if len(named) > 1 else ():
         yield {other: text for other, text in named.items() if other != name}
+    likely = [
+        (name, text)
+        for text, length in groups.items()
+        for name, value in held.items()
+        if name not in named and 1 < value < length and length % value == 0
+    ]
+    for name, text in likely[:MOST_HINTS]:
+        yield {**named, name: text}
+
+
+def _specs(claims: Claims) -> Iterator[tuple[Entry, tuple[int, ...]]]:
+    """The entries of a table, of those of parameters with the shape of one that they claim."""
+    shapes = {claim.entry: claim.shape for claim in claims.params.values()}
+    for entry in (*claims.table.params, *claims.table.activations):
+        yield entry, shapes.get(entry, ())
 
 
 def users(typed: TypedGraph, outputs: Sequence[int | None]) -> list[int]:

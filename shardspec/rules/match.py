@@ -34,6 +34,7 @@ def assign(
     shapes: Mapping[str, Sequence[int]] | None = None,
     place: Location | None = None,
     elsewhere: Callable[[], Iterable[str]] = tuple,
+    ties: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Entry], list[Diagnostic]]:
     """Match names to entries.
 
@@ -44,6 +45,7 @@ def assign(
         shapes: of the names, where they are known: what a rule of another name might say is then tried.
         place: where the table is made.
         elsewhere: names that the other part of the table is matched against.
+        ties: name -> the first name of the same tensor, which is laid out alike.
 
     Returns:
         name -> entry, and SS202 (unclaimed), SS203 (dead rule), SS204 (overlap).
@@ -71,7 +73,9 @@ def assign(
             dead.remove(entry)
             found.append(_misspelt(entry, template, lost.pop(template), names, what))
     if lost:
-        found.append(_unclaimed(lost, what, _like(lost, claimed, shapes or {}), place))
+        tied = {template: ties[group[0]] for template, group in lost.items() if group[0] in ties} if ties else {}
+        like = [*_alike(tied, claimed), *_like(lost, claimed, shapes or {})] if len(lost) == 1 else []
+        found.append(_unclaimed(lost, what, like, tied, place))
     free = [name for name in names if name not in claimed]
     found += [_dead(entry, names, free, elsewhere) for entry in dead]
     return claimed, found
@@ -139,21 +143,33 @@ def _like(
     lost: Mapping[str, list[str]], claimed: Mapping[str, Entry], shapes: Mapping[str, Sequence[int]]
 ) -> Iterator[RuleEdit]:
     """What other names of the same rank are laid out as, for names that no rule claims."""
-    if len(lost) == 1:
-        (template, missed), *_ = lost.items()
+    for template, missed in lost.items() if shapes else ():
         alike = [
             entry for name, entry in claimed.items() if len(shapes.get(name, ())) == len(shapes.get(missed[0], ()))
         ]
-        pattern = as_pattern(template)
-        for value in dict.fromkeys(entry.rule.value for entry in alike) if missed[0] in shapes else ():
-            rule = {pattern: value}
-            kind = alike[0].rule.kind
-            text = f'add to {kind}: r"{pattern}": {quoted(value)}'
-            yield RuleEdit(text, *((rule, {}) if kind == "params" else ({}, rule)))
+        for entry in {entry.rule.value: entry for entry in alike}.values() if missed[0] in shapes else ():
+            yield _added(template, entry)
+
+
+def _alike(tied: Mapping[str, str], claimed: Mapping[str, Entry]) -> Iterator[RuleEdit]:
+    """The rule of a tensor's first name for another name of it."""
+    return (_added(template, claimed[first]) for template, first in tied.items() if first in claimed)
+
+
+def _added(template: str, entry: Entry) -> RuleEdit:
+    """A rule for a folded name that says what another rule says."""
+    pattern, value, kind = as_pattern(template), entry.rule.value, entry.rule.kind
+    rule = {pattern: value}
+    text = f'add to {kind}: r"{pattern}": {quoted(value)}'
+    return RuleEdit(text, *((rule, {}) if kind == "params" else ({}, rule)))
 
 
 def _unclaimed(
-    lost: Mapping[str, list[str]], what: Callable[[str], str], like: Iterable[RuleEdit], place: Location | None
+    lost: Mapping[str, list[str]],
+    what: Callable[[str], str],
+    like: Iterable[RuleEdit],
+    tied: Mapping[str, str],
+    place: Location | None,
 ) -> Diagnostic:
     """SS202, once for all the names."""
     first = next(iter(lost.values()))[0]
@@ -164,7 +180,8 @@ def _unclaimed(
     return Diagnostic(
         code="SS202",
         what=f"no rule claims {kinds}{more}",
-        why="replicated is written (a spec with no axis), never assumed",
+        why="replicated is written (a spec with no axis), never assumed"
+        + "".join(f"\n{template} is {other} under another name" for template, other in tied.items()),
         locations=(place,) if place else (),
         matches=", ".join(map(_count, lost.values())),
         advice=tuple(f"add a rule to {part} for {pattern}" for pattern in patterns[:MOST_PATTERNS]),
