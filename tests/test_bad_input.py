@@ -392,9 +392,28 @@ def test_a_rule_in_the_wrong_part_of_the_table_is_told_where_it_belongs():
 
 
 def test_an_error_of_the_loss_is_told_as_the_losss():
-    text = diagnosis(lambda: ss.compile(llama, RULES, ss.Mesh(), make_batch(), lambda batch, output: batch["labels"]))[
-        1
-    ]
-    assert "SS402" in text
-    assert "the loss does not run on this batch" in text
+    def misnamed(output: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return ss.cross_entropy(output, batch["targets"])
+
+    codes, text = diagnosis(lambda: ss.compile(llama, RULES, ss.Mesh(), make_batch(), misnamed))
+    assert codes == {"SS402"}
+    assert "the loss does not run on this batch: nothing is there under 'targets'" in text
     assert "loss(output, batch)" in text
+
+
+def test_what_is_wrong_in_every_layer_of_a_state_dict_is_told_once():
+    sharded = shard()
+    good = sharded.state_dict(sharded.init(ss.sgd(lr=0.1)))
+    codes, said = diagnosis(lambda: sharded.load({name: w for name, w in good.items() if "wq" not in name}))
+    assert codes == {"SS404"}
+    assert "the state dict has no layers.*.attention.wq.weight" in said
+    assert "matches 2 entries" in said
+    assert said.count("error[") == 1
+    wide = {name: torch.zeros(3, 5) if "w1" in name else w for name, w in good.items()}
+    said = diagnosis(lambda: sharded.load(wide))[1]
+    assert "layers.*.feed_forward.w1.weight has shape (3, 5), the model's has (24, 16)" in said
+    assert said.count("error[") == 1
+    cast = {name: w.half() if "w1" in name else w for name, w in good.items()}
+    said = diagnosis(lambda: sharded.load(cast))[1]
+    assert "cast it: tensor.to(torch.float32)" in said
+    assert said.count("error[") == 1

@@ -1,14 +1,16 @@
 """A state dict against a plan: what is missing, surplus or does not fit, before any of it is used."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
+from attrs import evolve
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shardspec.arguments import kind_of
 from shardspec.diagnostics import Diagnostic, Location
+from shardspec.names import fold
 from shardspec.plan import ParamPlan
 
 
@@ -72,7 +74,19 @@ def misfits(state_dict: Mapping[str, Tensor], params: Mapping[str, ParamPlan], p
                     f"cast it: tensor.to(torch.{plan.dtype})",
                 )
             )
-    return found
+    return told_once(found)
+
+
+def told_once(found: Iterable[Diagnostic]) -> list[Diagnostic]:
+    """One message for the entries of repeated blocks that have the same fault."""
+    groups: dict[tuple[str, str, tuple[str, ...]], list[Diagnostic]] = {}
+    for each in found:
+        folded = " ".join(map(fold, each.what.split(" ")))
+        groups.setdefault((folded, each.why, each.advice), []).append(each)
+    return [
+        evolve(same[0], what=what, matches=f"{len(same)} entries") if len(same) > 1 else same[0]
+        for (what, *_), same in groups.items()
+    ]
 
 
 def given_name(first: str, state_dict: Mapping[str, Tensor], params: Mapping[str, ParamPlan]) -> str:
