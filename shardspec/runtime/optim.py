@@ -244,7 +244,7 @@ def _check_options(options: Options) -> None:
 
 def _within(value: Any, end: float) -> bool:
     """Whether a value is a number from 0 up to `end`, which is not in it."""
-    return isinstance(value, (numbers.Real, Tensor)) and bool(0 <= value < end)
+    return isinstance(value, (numbers.Real, Tensor)) and 0 <= float(value) < end
 
 
 def _group_of(name: str, groups: Mapping[str, Any]) -> str | None:
