@@ -165,8 +165,8 @@ class Compiler:
         """
         table, found = parse_table(self.rules)
         settle(found)
-        settle(unknown_sizes(table))
-        settle([*unused_axes(table, mesh), *unbuilt(self.rules, mesh)])
+        settle([*unbuilt(self.rules, mesh), *unknown_sizes(table)])
+        settle(unused_axes(table, mesh, pipelined=self.rules.pipeline is not None))
         return table, self.kin(table)
 
     def kin(self, table: Table) -> Kin:

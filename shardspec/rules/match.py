@@ -222,11 +222,13 @@ def _nearest(pattern: str, dead: Sequence[Entry]) -> Entry | None:
     return best[1] if best[0] > 0.7 else None
 
 
-def unused_axes(table: Table, mesh: Mesh) -> Iterator[Diagnostic]:
-    """SS210 for an axis larger than one that no rule names; `pp` is none that a rule could."""
+def unused_axes(table: Table, mesh: Mesh, pipelined: bool) -> Iterator[Diagnostic]:
+    """SS210 for an axis larger than one that no rule names."""
     used = {axis for entry in (*table.params, *table.activations) for axis in entry.spec.axes}
+    if pipelined:
+        used.add("pp")
     for axis in mesh.axes:
-        if axis not in used and axis != "pp":
+        if axis not in used:
             yield Diagnostic(
                 code="SS210",
                 what=f"no rule uses the mesh axis {axis}={mesh[axis]}",
