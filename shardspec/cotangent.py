@@ -126,7 +126,7 @@ class Cotangents:
                     sent = self._point(typed, position, cot, arrived)
                     uses.setdefault(source, []).append((position, sent))
             elif node.op == "block":
-                self._block(typed, back, position, node, cots, uses, discharged)
+                self._block(typed, back, position, node, cots, uses, discharged, live)
             else:
                 self._operator(typed, position, node, cots, uses, discharged, live)
 
@@ -199,12 +199,13 @@ class Cotangents:
         cots: dict[int, Cot],
         uses: dict[int, list[tuple[int, Cot]]],
         discharged: dict[int, set[str]],
+        live: set[int],
     ) -> None:
         inner = typed.calls.get(position)
         if inner is None:
             return
         settled = {index: self._complete(cot, discharged) for index, cot in cots.items()}
-        live_args = tuple(ref.index in differentiable(typed) for ref in node.args)
+        live_args = tuple(ref.index in live for ref in node.args)
         ends = tuple(settled.get(index) if index is not None else None for index in node.outputs)
         key = (id(inner), ends, live_args)
         if key not in self.memo:

@@ -77,7 +77,8 @@ def is_pointwise(operator: object) -> bool:
 
 
 def _has_number(call: Call) -> bool:
-    return any(isinstance(arg, (int, float, complex)) for arg in call.node.args[1:2])
+    """Whether a number is added that is not zero: `sum` of Python begins with one that is."""
+    return any(isinstance(arg, (int, float, complex)) and arg != 0 for arg in call.node.args[1:2])
 
 
 def pointwise(call: Call) -> Typed:
