@@ -7,7 +7,7 @@ from attrs import evolve
 
 from shardspec.diagnostics import Diagnostic
 from shardspec.infer import absolute, graphs
-from shardspec.kin import Kin, apart
+from shardspec.kin import BLOCK, Kin, apart
 from shardspec.layout import Layout
 from shardspec.mesh import Mesh
 from shardspec.program import Block, Graph, Program
@@ -77,15 +77,25 @@ def _ties(params: Mapping[str, ParamClaim], names: View) -> Iterable[Diagnostic]
 
 
 def told_apart(table: Table, program: Program, kin: Kin) -> Kin:
-    """The blocks that run the same code and that the table's activations do not tell apart either."""
-    runs: dict[str, tuple[int, ...]] = {}
+    """The blocks that run the same code and that the table's activations do not tell apart either.
+
+    A block whose parameters are read outside of it, by the model or by another block, stands for itself alone.
+    """
+    runs: dict[str, tuple[int | str, ...]] = {}
     blocks: dict[int, Block] = {}
     for node in program.nodes:
         if node.op == "block":
             runs[node.func.fqn] = (*runs.get(node.func.fqn, ()), id(node.func.block))
             blocks[id(node.func.block)] = node.func.block
+    for name in program.params:
+        found = BLOCK.match(name)
+        if found is not None:
+            runs[found.group()] = (*runs.get(found.group(), ()), found.group())
     inside = {id(block): list(_names_inside(block)) for block in blocks.values()}
-    names = {fqn: [name for block in called for name in inside[block]] for fqn, called in runs.items()}
+    names = {
+        fqn: [name for block in called if isinstance(block, int) for name in inside[block]]
+        for fqn, called in runs.items()
+    }
     return apart(kin, [entry.regex for entry in table.activations], names, runs)
 
 

@@ -144,8 +144,7 @@ class Inference:
     def _body(self, typed: TypedGraph, fqn: str) -> None:
         graph = typed.graph
         for name, index in graph.params.items():
-            claim = self.params.get(absolute(fqn, name))
-            typed.types[index] = Type(claim.layout) if claim else None
+            typed.types[index] = Type(self.params[absolute(fqn, name)].layout)
         for index, value in enumerate(graph.values):
             if value.kind == "constant":
                 typed.types[index] = Type(Layout(tuple((length,) if length != 1 else () for length in value.shape)))
