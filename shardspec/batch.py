@@ -52,15 +52,15 @@ def check_inputs(inputs: Mapping[str, Any], names: Survey) -> None:
 
 
 def host_read(error: HostRead) -> Diagnostic:
-    """SS313 for Python that depends on a tensor's value."""
+    """SS313 for Python that depends on a tensor's value; SS318 and SS319 for what the walk cannot follow."""
     return Diagnostic(
-        code="SS313",
+        code=error.code,
         what=str(error),
         why=error.why,
         locations=(
             Location(file=shorten(error.file), line=error.line, text=linecache.getline(error.file, error.line).strip()),
         ),
-        advice=("decide by tensors (torch.where, a mask), or do it to the batch before the step",),
+        advice=(error.advice,),
     )
 
 

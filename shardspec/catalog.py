@@ -442,6 +442,32 @@ point behind the uses (`attention:in`) is often the better place than the shared
         right='r"layers\\.\\d+\\.attention:in": "B S D"',
     ),
     CodeEntry(
+        code="SS318",
+        title="a tensor that comes to its use unseen",
+        explanation="""\
+The check follows a tensor through arguments and results. A repeated block (`layers.3`) is run once for all that
+are like it, by what goes in and what comes out: a tensor that it leaves in an attribute, in a list of the
+caller's or in an object would be read outside with nothing known of its layout or of its gradient. The same
+holds for a parameter that is reached through a closure, functools.partial or an object that is bound to the
+model itself: the check, and a rank, run a copy.
+Return such tensors from the block (in tuples, lists or dicts), and reach modules through attributes.""",
+        wrong="self.aux = balance; return x      # the model adds layer.aux for each layer",
+        right="return x, balance",
+    ),
+    CodeEntry(
+        code="SS319",
+        title="a hook on a gradient",
+        explanation="""\
+A backward hook of a module, a hook on a parameter's gradient, `register_hook` in forward, or Python that asks
+an activation for `requires_grad`, `grad_fn` or `is_leaf`. The check derives the layouts of gradients and runs no
+backward: what such a hook does to a rank's part, or to its share of a sum, is not seen, and a norm or a clamp
+there would be wrong in silence.
+Do it to what `sharded.value_and_grad` gives, which is global, in a step of your own; whether gradients are
+taken at all, `torch.is_grad_enabled()` tells.""",
+        wrong="model.head.weight.register_hook(lambda grad: grad.clamp(-1, 1))",
+        right="(loss, metrics), grads = grad_fn(state.params, batch, state.rng)   # then clamp grads",
+    ),
+    CodeEntry(
         code="SS321",
         title="an operator's rule that brute force refutes",
         explanation="""\

@@ -30,7 +30,7 @@ from shardspec.rules.parse import Table, parse_table
 from shardspec.rules.table import Rules
 from shardspec.stages import Claims, TypedProgram
 from shardspec.survey import Model, Survey, View, survey
-from shardspec.tracing import HostRead, raised_here
+from shardspec.tracing import HostRead, raised_here, refuse_gradient_hooks
 from shardspec.typecheck import typecheck
 from shardspec.units import resolve_attributes, resolve_units
 
@@ -221,6 +221,7 @@ class Compiler:
                 return program
         check_inputs(inputs, self.names)
         try:
+            refuse_gradient_hooks(self.names.model)
             program = trace(self.names, inputs, loss, training)
         except HostRead as error:
             raise ShardingError([host_read(error)]) from error

@@ -74,9 +74,14 @@ class Replayer(Tracer):
     """Runs the local program: declared points change shape as planned, verified blocks are skipped."""
 
     def __init__(
-        self, graph: Program, typed: TypedGraph, attributes: Mapping[str, Mapping[str, int]], kin: Kin
+        self,
+        graph: Program,
+        model: nn.Module,
+        typed: TypedGraph,
+        attributes: Mapping[str, Mapping[str, int]],
+        kin: Kin,
     ) -> None:
-        super().__init__(graph)
+        super().__init__(graph, model)
         self.kin = kin
         self.typed = [typed]
         self.cursor = [0]
@@ -208,7 +213,7 @@ def dry_run(
         attributes: module -> attribute -> what it is on a rank, in the names of blocks that stand for others.
     """
     image = Program()
-    tracer = Replayer(image, typed, attributes, claims.kin)
+    tracer = Replayer(image, names.model, typed, attributes, claims.kin)
 
     def place(name: str, tensor: torch.Tensor) -> torch.Tensor:
         def make() -> torch.Tensor:

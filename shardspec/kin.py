@@ -90,7 +90,13 @@ def spells_digits(pattern: str, blocks: Iterable[str]) -> bool:
     is the first thing that is not literal where no digit comes before it in the blocks' names.
     """
     text = pattern.replace("[0-9]", r"\d")
-    if INDEXED.match(text) and not _has_branches(text) and all(PLAIN.fullmatch(fqn) for fqn in blocks):
+    looks_back = "(?<" in text
+    if (
+        INDEXED.match(text)
+        and not looks_back
+        and not _has_branches(text)
+        and all(PLAIN.fullmatch(fqn) for fqn in blocks)
+    ):
         return False
     if not BRACE_IN_SET.search(text):
         text = COUNTS.sub("", text)

@@ -1,5 +1,7 @@
 """Record a model's forward as a program: every module boundary a point, repeated blocks run once."""
 
+import functools
+import sys
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,8 +14,8 @@ from shardspec.nests import distinct, replace_tensors, tensor_leaves
 from shardspec.program import Block, BlockCall, Node, Program, Ref, Value, tensors
 from shardspec.survey import Structure, Survey
 from shardspec.torch_private import no_torch_function
-from shardspec.tracing import Tracer, run, user_line
-from shardspec.twin import MODULE_STATE, Twin, attribute_of, to_meta
+from shardspec.tracing import Tracer, is_ours, run, user_line
+from shardspec.twin import ABSENT, MODULE_STATE, Twin, attribute_of, function_of, to_meta
 
 
 def trace(
@@ -31,7 +33,7 @@ def trace(
         HostRead: the model reads a value that is not known before it runs.
     """
     program = Program()
-    tracer = Recorder(program, names.blocks)
+    tracer = Recorder(program, names.model, names.blocks)
     ghost = Twin(
         names.model,
         lambda name, tensor: tracer.hold(name, lambda: to_meta(tensor)),
@@ -51,8 +53,8 @@ def trace(
 class Recorder(Tracer):
     """Records the global program: points are kept with their names, repeated blocks are run once and called."""
 
-    def __init__(self, graph: Program, blocks: Mapping[str, Structure]) -> None:
-        super().__init__(graph)
+    def __init__(self, graph: Program, model: nn.Module, blocks: Mapping[str, Structure]) -> None:
+        super().__init__(graph, model)
         self.blocks = blocks
         self.recorded: dict[type, list[_Recorded]] = {}
         self.watched: dict[type, type] = {}
@@ -96,15 +98,16 @@ class Recorder(Tracer):
             outer.extend(reads)
         paths = {id(child): path for path, child in module.named_modules()}
         read = {
-            (tuple(paths[id(child)].split(".")) if paths[id(child)] else (), name): child.__dict__[name]
+            (tuple(paths[id(child)].split(".")) if paths[id(child)] else (), name): child.__dict__.get(name, ABSENT)
             for child, name in reads
-            if id(child) in paths and name in child.__dict__ and name != "forward"
+            if id(child) in paths
         }
         block.outputs = [ref.index for ref in tensors(self.result_refs)]
         # A forward that writes to its module or to its arguments does not do the same thing twice.
         pure = _attributes(module) == before and _structure((args, kwargs)) == structure
         plain = not any(id(tensor) in self.frame.ids for tensor in tensor_leaves(out))
-        closed = len(entered) == len(distinct(tensor_leaves((args, kwargs))))
+        opened = any(name == "__dict__" for _, name in reads)
+        closed = not opened and len(entered) == len(distinct(tensor_leaves((args, kwargs))))
         if pure and plain and closed:
             known = _Recorded(block, shape, read, (torch.is_grad_enabled(), structure), out)
             self.recorded.setdefault(self._kind(module), []).append(known)
@@ -161,7 +164,9 @@ class Recorder(Tracer):
         def visit(child: nn.Module, path: str) -> None:
             state = child.__dict__
             hooks = tuple(state["_forward_pre_hooks"].values()) + tuple(state["_forward_hooks"].values())
-            parts.append((path, self._kind(child), state["training"], hooks))
+            forward = state.get("forward")
+            run = function_of(forward.args[2]) if isinstance(forward, functools.partial) else None
+            parts.append((path, self._kind(child), state["training"], hooks, run))
             for kept in (state["_parameters"], state["_buffers"]):
                 for name, tensor in kept.items():
                     if tensor is None:
@@ -201,11 +206,10 @@ class Recorder(Tracer):
         inherited: Any = kind.__getattribute__
 
         def getter(self: Any, name: str) -> Any:
-            if (
-                not name.startswith("__")
-                and name not in MODULE_STATE
-                and name in object.__getattribute__(self, "__dict__")
-            ):
+            if name == "__dict__":
+                if not is_ours(sys._getframe(1).f_code.co_filename):
+                    tracer.reads.append((self, name))
+            elif not name.startswith("__") and name not in MODULE_STATE:
                 tracer.reads.append((self, name))
             return inherited(self, name)
 
@@ -222,7 +226,8 @@ class _Recorded:
     block: Block
     shape: Any
     reads: dict[tuple[tuple[str, ...], str], Any]
-    """(path in the block, attribute) -> value, for the attributes that forward read."""
+    """(path in the block, attribute) -> value, for the attributes that forward read; `ABSENT` where the module has
+    none of its own, and its class does, or nobody."""
     inputs: Any
     result: Any
 

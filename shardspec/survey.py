@@ -8,7 +8,7 @@ import torch
 from attrs import define, evolve, field, frozen
 from torch import nn
 
-from shardspec.twin import forward_arguments, named_tensors
+from shardspec.twin import forward_arguments, function_of, named_tensors
 
 Model = nn.Module | Callable[[], nn.Module]
 
@@ -191,7 +191,7 @@ def read_traits(module: nn.Module, traits: list[Any], members: list[int]) -> Non
     """Append what two blocks must share to run the same code, and the ids of their modules and tensors."""
     state = module.__dict__
     members.append(id(module))
-    traits += (type(module), state["training"])
+    traits += (type(module), state["training"], function_of(state.get("forward")))
     if state["_forward_pre_hooks"] or state["_forward_hooks"]:
         traits += (*state["_forward_pre_hooks"].values(), *state["_forward_hooks"].values())
     if state["_non_persistent_buffers_set"]:

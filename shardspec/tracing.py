@@ -44,10 +44,27 @@ _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 class HostRead(Exception):
     """The model's Python reads a value that is not known before it runs."""
 
+    code = "SS313"
+    advice = "decide by tensors (torch.where, a mask), or do it to the batch before the step"
+
     def __init__(self, message: str, why: str = "") -> None:
         self.file, self.line = user_line()
         self.why = why or "what Python decides by a value of the batch may differ from rank to rank"
         super().__init__(message)
+
+
+class UnseenError(HostRead):
+    """A tensor comes to its use by a way that the walk does not see."""
+
+    code = "SS318"
+    advice = "hand tensors on as arguments and results, in tuples, lists or dicts; hold modules in attributes"
+
+
+class GradientHookError(HostRead):
+    """The model's Python changes, or looks at, what only a backward has."""
+
+    code = "SS319"
+    advice = "write what is done to the gradient in a step of your own, on what grad_fn gives"
 
 
 @define(slots=True, eq=False)
@@ -64,8 +81,11 @@ class _Frame:
 class Tracer(TorchDispatchMode):
     """Records every operator that runs on meta tensors; a subclass decides what a point and a block do."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, model: nn.Module) -> None:
         super().__init__()
+        self.model = model
+        self.left: dict[int, Value] = {}
+        """id of a tensor that a block made -> its value in the graph of the block, once that has ended."""
         self.frames = [_Frame(graph)]
         self.kept: list[Any] = []
         self.path = ""
@@ -101,7 +121,25 @@ class Tracer(TorchDispatchMode):
             if id(tensor) in self.frames[depth].ids or id(tensor) in self.frames[depth].params:
                 return self._capture(tensor)
         data = None if tensor.device.type == "meta" else tensor.detach()
+        if id(tensor) in self.left:
+            data = self.left[id(tensor)].data
+            if data is None:
+                raise UnseenError(
+                    "a tensor that a repeated block made is read outside of it, and is not in the block's result",
+                    why="a repeated block is checked once, by its arguments and its result alone",
+                )
+        elif id(tensor) in self._originals:
+            raise UnseenError(
+                f"{self._originals[id(tensor)]} is read through something that is bound to the model itself",
+                why="the check runs a copy of the model, and what holds this tensor or its module was not copied: "
+                "a closure, functools.partial, or an object of another kind",
+            )
         return self.enter(tensor, Value(tuple(tensor.shape), tensor.dtype, "", "constant", False, data))
+
+    @functools.cached_property
+    def _originals(self) -> dict[int, str]:
+        """id of each tensor of the model that is checked -> its name; what runs has others in their place."""
+        return {id(tensor): name for name, tensor in named_tensors(self.model)}
 
     def _capture(self, tensor: torch.Tensor) -> int:
         """A value of an outer graph, read inside a block: one more input of the block."""
@@ -390,11 +428,23 @@ class Tracer(TorchDispatchMode):
             out = self.plain(module, fqn, forward, args, kwargs)
             self.result_refs = self.refs(out)
         finally:
-            self.frames.pop()
+            ended = self.frames.pop()
+            made = ((key, ended.graph.values[index]) for key, index in ended.ids.items())
+            self.left.update((key, value) for key, value in made if value.kind == "inner")
             captured = self.captured.pop()
             self.path = outer
         entered = [tensor for tensor in entered if id(tensor) not in names]
         return block, entered + captured, out
+
+
+OF_BACKWARD: dict[Any, str] = {
+    torch.Tensor.requires_grad.__get__: "requires_grad",
+    torch.Tensor.grad_fn.__get__: "grad_fn",
+    torch.Tensor.is_leaf.__get__: "is_leaf",
+    torch.Tensor.register_hook: "register_hook",
+    torch.Tensor.register_post_accumulate_grad_hook: "register_post_accumulate_grad_hook",
+}
+"""What a tensor tells of autograd, which does not run here -> its name."""
 
 
 class Whole(TorchFunctionMode):
@@ -410,6 +460,11 @@ class Whole(TorchFunctionMode):
             tensor, label = args
             path = self.tracer.path
             return self.tracer.point((f"{path}.{label}" if path else label,), tensor)
+        if func in OF_BACKWARD and not isinstance(args[0], nn.Parameter) and not is_ours(_caller()):
+            raise GradientHookError(
+                f"the model asks a tensor for its {OF_BACKWARD[func]}",
+                why="the check runs forward without autograd: what this leads to in a step is not seen",
+            )
         if func is torch.Tensor.new_tensor:
             # On meta its values would be lost: they may hang on a local size, which the dry run compares.
             return torch.tensor(args[1], dtype=kwargs.get("dtype") or args[0].dtype)
@@ -436,6 +491,11 @@ def user_line() -> tuple[str, int]:
     return frame.f_code.co_filename, frame.f_lineno
 
 
+def _caller() -> str:
+    """The file of the line that called a mode's `__torch_function__`."""
+    return sys._getframe(2).f_code.co_filename
+
+
 def in_custom_function() -> bool:
     """Whether the forward of an autograd function runs, however deep below it, and wherever it was written."""
     frame: types.FrameType | None = sys._getframe(1)
@@ -449,14 +509,14 @@ def in_custom_function() -> bool:
 def _user_frame() -> types.FrameType:
     frame = sys._getframe(2)
     while frame.f_back is not None:
-        if not _is_ours(frame.f_code.co_filename):
+        if not is_ours(frame.f_code.co_filename):
             break
         frame = frame.f_back
     return frame
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_ours(file: str) -> bool:
+def is_ours(file: str) -> bool:
     """Whether a line of code is torch's, or our own."""
     return file.startswith((_HERE, _TORCH, "<"))
 
@@ -533,6 +593,29 @@ def run(tracer: Tracer, model: nn.Module, batch: Mapping[str, Any], loss_fn: Cal
                     raise
             program.result = tracer.refs(out)
     return out
+
+
+def refuse_gradient_hooks(model: nn.Module) -> None:
+    """Refuse hooks that run in a backward, which the check does not.
+
+    Raises:
+        GradientHookError: naming the first module or parameter that has one.
+    """
+    for name, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise GradientHookError(f"{name or 'the model'} has a backward hook", why=ON_A_SHARE)
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and (parameter._backward_hooks or _after_accumulation(parameter)):
+                raise GradientHookError(f"{name}.{leaf} has a hook on its gradient".removeprefix("."), why=ON_A_SHARE)
+
+
+ON_A_SHARE = (
+    "on a rank it would be given a part of the gradient, or a share of its sum, and a copy of the model has none"
+)
+
+
+def _after_accumulation(parameter: nn.Parameter) -> bool:
+    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def raised_here(error: BaseException) -> bool:

@@ -15,6 +15,9 @@ MODULE_STATE = frozenset(name for name in nn.Module().__dict__ if name.startswit
 }
 
 
+ABSENT = object()
+"""What stands for an attribute that a module does not have of its own."""
+
 PLAIN = frozenset({str, int, float, bool, type(None), torch.dtype, torch.device})
 """What an attribute may hold that cannot lead to a module or a tensor."""
 
@@ -74,7 +77,7 @@ class Twin:
         while self._unfinished:
             path, new = self._unfinished.pop()
             state = new.__dict__
-            for name in state.keys() - MODULE_STATE:
+            for name in state.keys() - (MODULE_STATE - {"forward"}):
                 if type(state[name]) not in PLAIN:
                     state[name] = self._redirect(state[name])
             self._made(path, new)
@@ -100,13 +103,20 @@ class Twin:
             return self._of(value)
         if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
             return types.MethodType(value.__func__, self._of(value.__self__))
-        if (type(value) is list or type(value) is tuple) and any(self._is_old(item) for item in value):
+        if (type(value) is list or type(value) is tuple) and self._leads_back(value):
             return type(value)(self._redirect(item) for item in value)
-        if type(value) is dict and any(self._is_old(item) for item in value.values()):
+        if type(value) is dict and self._leads_back(value):
             return {key: self._redirect(item) for key, item in value.items()}
         return copy.copy(value) if type(value) in (list, dict, set) else value
 
-    def _is_old(self, item: Any) -> bool:
+    def _leads_back(self, item: Any) -> bool:
+        """Whether an item is a module or tensor of the old tree, or a nest of lists, tuples and dicts with one."""
+        if type(item) is dict:
+            return any(self._leads_back(one) for one in item.values())
+        if type(item) is list or type(item) is tuple:
+            return any(self._leads_back(one) for one in item if type(one) not in PLAIN)
+        if isinstance(item, types.MethodType):
+            return isinstance(item.__self__, nn.Module) and id(item.__self__) in self._paths
         return isinstance(item, (nn.Module, torch.Tensor)) and id(item) in self._paths
 
     def _of(self, old: Any) -> Any:
@@ -199,7 +209,12 @@ def attribute_of(module: nn.Module, path: tuple[str, ...], name: str) -> Any:
         if isinstance(children, Children) and not children.made:
             children = children.old
         module = cast("nn.Module", children[part])
-    return module.__dict__.get(name)
+    return module.__dict__.get(name, ABSENT)
+
+
+def function_of(forward: Any) -> Any:
+    """What runs when a bound method is called, whatever it is bound to."""
+    return forward.__func__ if isinstance(forward, types.MethodType) else forward
 
 
 def to_meta(tensor: torch.Tensor) -> torch.Tensor:

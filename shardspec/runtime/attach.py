@@ -80,7 +80,8 @@ class Boundary(ParallelStyle):
             names = list(inspect.signature(type(module).forward).parameters)[1:]
             module.register_forward_pre_hook(functools.partial(self._enter, names), with_kwargs=True)
         if self.outputs:
-            module.register_forward_hook(self._leave)
+            # In front of the model's own hooks, which read what stands behind the point, as the check has it.
+            module.register_forward_hook(self._leave, prepend=True)
         return module
 
     def _enter(self, names: list[str], _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
