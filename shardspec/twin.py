@@ -103,11 +103,21 @@ class Twin:
             return self._of(value)
         if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
             return types.MethodType(value.__func__, self._of(value.__self__))
-        if (type(value) is list or type(value) is tuple) and self._leads_back(value):
-            return type(value)(self._redirect(item) for item in value)
-        if type(value) is dict and self._leads_back(value):
-            return {key: self._redirect(item) for key, item in value.items()}
-        return copy.copy(value) if type(value) in (list, dict, set) else value
+        if type(value) is tuple:
+            return tuple(self._redirect(item) for item in value) if self._leads_back(value) else value
+        if type(value) in (list, dict, set):
+            return self._container(value)
+        return value
+
+    def _container(self, value: Any) -> Any:
+        """The copy of a list, dict or set: one for all modules that hold it, who may hand things on by it."""
+        if id(value) not in self._copies:
+            self._copies[id(value)] = new = copy.copy(value)
+            if self._leads_back(value):
+                pairs = value.items() if type(value) is dict else enumerate(value)
+                for key, item in pairs:
+                    new[key] = self._redirect(item)
+        return self._copies[id(value)]
 
     def _leads_back(self, item: Any) -> bool:
         """Whether an item is a module or tensor of the old tree, or a nest of lists, tuples and dicts with one."""

@@ -193,6 +193,47 @@ def test_a_tensor_that_a_layer_leaves_in_its_callers_list_is_refused():
     assert codes(PassesAList(), ss.Mesh(tp=2)) == {"SS318"}
 
 
+class SharesAList(Model):
+    """What its layers put into a list is read from the same list in the model."""
+
+    def __init__(self):
+        super().__init__(FillsItsList)
+        self.found = []
+        for layer in self.layers:
+            layer.mlp.found = self.found
+
+    def forward(self, x):
+        self.found.clear()
+        x = super().forward(x)
+        for kept in self.found:
+            x = x + kept.tanh()
+        return x
+
+
+class FillsItsList(Mlp):
+    def finish(self, out):
+        self.found.append(out)
+        return out
+
+
+def test_a_list_that_modules_share_is_shared_where_it_is_checked():
+    assert codes(SharesAList(), ss.Mesh(tp=2)) == {"SS318"}
+
+
+class CountsInAList(Mlp):
+    def finish(self, out):
+        self.found.append(len(self.found))
+        return torch.tanh(out) if len(self.found) == 3 else out
+
+
+def test_layers_that_share_a_list_are_each_looked_at():
+    model = Model(CountsInAList)
+    found = []
+    for layer in model.layers:
+        layer.mlp.found = found
+    assert codes(model) == {"SS303"}
+
+
 def test_a_forward_hook_of_the_models_own_reads_what_stands_behind_the_point():
     model = Model()
     model.last.register_forward_hook(lambda module, args, out: torch.tanh(out))

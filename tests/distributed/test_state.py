@@ -205,14 +205,13 @@ def test_a_step_that_raises_before_its_update_donates_nothing_and_leaves_no_trac
         def loss_fn(output: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
             if broken["in"] == "forward":
                 raise InterruptedError
-            total, weight = parity.loss_fn(output, batch)
-            if total.requires_grad:
-                total.register_hook(interrupt)
-            return total, weight
+            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, interrupt):
+                return parity.loss_fn(output, batch)
 
-        def interrupt(_: Tensor) -> None:
+        def interrupt(tensor: Tensor) -> Tensor:
             if broken["in"] == "backward":
                 raise InterruptedError
+            return tensor
 
         step, plain_step = ss.train_step(sharded, loss_fn), ss.train_step(sharded, parity.loss_fn, donate=False)
         wanted, metrics = plain_step(state, batch)
