@@ -76,12 +76,12 @@ class Replayer(Tracer):
     def __init__(
         self,
         graph: Program,
-        model: nn.Module,
+        names: Survey,
         typed: TypedGraph,
         attributes: Mapping[str, Mapping[str, int]],
         kin: Kin,
     ) -> None:
-        super().__init__(graph, model)
+        super().__init__(graph, names.model, names.ids)
         self.kin = kin
         self.typed = [typed]
         self.cursor = [0]
@@ -213,7 +213,7 @@ def dry_run(
         attributes: module -> attribute -> what it is on a rank, in the names of blocks that stand for others.
     """
     image = Program()
-    tracer = Replayer(image, names.model, typed, attributes, claims.kin)
+    tracer = Replayer(image, names, typed, attributes, claims.kin)
 
     def place(name: str, tensor: torch.Tensor) -> torch.Tensor:
         def make() -> torch.Tensor:

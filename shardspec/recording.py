@@ -12,7 +12,7 @@ from torch import nn
 
 from shardspec.nests import distinct, replace_tensors, tensor_leaves
 from shardspec.program import Block, BlockCall, Node, Program, Ref, Value, tensors
-from shardspec.survey import Structure, Survey
+from shardspec.survey import Survey
 from shardspec.torch_private import no_torch_function
 from shardspec.tracing import Tracer, is_ours, run, user_line
 from shardspec.twin import ABSENT, MODULE_STATE, Twin, attribute_of, function_of, to_meta
@@ -33,7 +33,7 @@ def trace(
         HostRead: the model reads a value that is not known before it runs.
     """
     program = Program()
-    tracer = Recorder(program, names.model, names.blocks)
+    tracer = Recorder(program, names)
     ghost = Twin(
         names.model,
         lambda name, tensor: tracer.hold(name, lambda: to_meta(tensor)),
@@ -53,9 +53,9 @@ def trace(
 class Recorder(Tracer):
     """Records the global program: points are kept with their names, repeated blocks are run once and called."""
 
-    def __init__(self, graph: Program, model: nn.Module, blocks: Mapping[str, Structure]) -> None:
-        super().__init__(graph, model)
-        self.blocks = blocks
+    def __init__(self, graph: Program, names: Survey) -> None:
+        super().__init__(graph, names.model, names.ids)
+        self.blocks = names.blocks
         self.recorded: dict[type, list[_Recorded]] = {}
         self.watched: dict[type, type] = {}
         self.reads: list[tuple[nn.Module, str]] = []

@@ -56,6 +56,8 @@ class Survey:
     """FQN of each repeated block, outermost ones only, that shares no tensor with what is outside it."""
     tangled: bool = False
     """Whether modules are shared, or tensors by blocks: what a name stands for then hangs on which came first."""
+    ids: set[int] = field(factory=set)
+    """ids of the model's tensors and modules."""
 
     @cached_property
     def whole(self) -> View:
@@ -106,7 +108,7 @@ def survey(model: Model) -> Survey:
     found = _Blocks()
     found.visit(model, "")
     blocks = {fqn: structure for fqn, structure in found.blocks.items() if fqn not in found.tied}
-    return Survey(model, tuple(forward_arguments(model)), blocks, bool(found.tied))
+    return Survey(model, tuple(forward_arguments(model)), blocks, bool(found.tied), found.seen)
 
 
 def parameters_of(module: nn.Module) -> dict[str, Parameter]:

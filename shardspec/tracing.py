@@ -81,9 +81,10 @@ class _Frame:
 class Tracer(TorchDispatchMode):
     """Records every operator that runs on meta tensors; a subclass decides what a point and a block do."""
 
-    def __init__(self, graph: Graph, model: nn.Module) -> None:
+    def __init__(self, graph: Graph, model: nn.Module, originals: set[int]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.originals = model, originals
+        """What is checked, of which a copy runs; and the ids of its tensors."""
         self.left: dict[int, Value] = {}
         """id of a tensor that a block made -> its value in the graph of the block, once that has ended."""
         self.frames = [_Frame(graph)]
@@ -128,18 +129,14 @@ class Tracer(TorchDispatchMode):
                     "a tensor that a repeated block made is read outside of it, and is not in the block's result",
                     why="a repeated block is checked once, by its arguments and its result alone",
                 )
-        elif id(tensor) in self._originals:
+        elif id(tensor) in self.originals:
+            name = next(name for name, held in named_tensors(self.model) if held is tensor)
             raise UnseenError(
-                f"{self._originals[id(tensor)]} is read through something that is bound to the model itself",
+                f"{name} is read through something that is bound to the model itself",
                 why="the check runs a copy of the model, and what holds this tensor or its module was not copied: "
                 "a closure, functools.partial, or an object of another kind",
             )
         return self.enter(tensor, Value(tuple(tensor.shape), tensor.dtype, "", "constant", False, data))
-
-    @functools.cached_property
-    def _originals(self) -> dict[int, str]:
-        """id of each tensor of the model that is checked -> its name; what runs has others in their place."""
-        return {id(tensor): name for name, tensor in named_tensors(self.model)}
 
     def _capture(self, tensor: torch.Tensor) -> int:
         """A value of an outer graph, read inside a block: one more input of the block."""
@@ -438,9 +435,7 @@ class Tracer(TorchDispatchMode):
 
 
 OF_BACKWARD: dict[Any, str] = {
-    torch.Tensor.requires_grad.__get__: "requires_grad",
-    torch.Tensor.grad_fn.__get__: "grad_fn",
-    torch.Tensor.is_leaf.__get__: "is_leaf",
+    **{inspect.getattr_static(torch.Tensor, asked).__get__: asked for asked in ("requires_grad", "grad_fn", "is_leaf")},
     torch.Tensor.register_hook: "register_hook",
     torch.Tensor.register_post_accumulate_grad_hook: "register_post_accumulate_grad_hook",
 }
