@@ -39,6 +39,7 @@ LAYERS = (
     "runtime.pieces runtime.publish",
     "runtime.manifest",
     "runtime.rank_major",
+    "runtime.parts",
     "runtime.arguments runtime.boundary runtime.recipe runtime.state",
     "runtime.attach runtime.init runtime.weights",
     "runtime.apply",

@@ -32,7 +32,7 @@ class RankMajorTensor(DTensor):
         kwargs = kwargs or {}
         given = [*args, *kwargs.values()]
         first = next((item for item in given if isinstance(item, RankMajorTensor)), None)
-        if first is None or not _elementwise(func) or not all(_goes_with(item, first) for item in given):
+        if first is None or not is_elementwise(func) or not all(_goes_with(item, first) for item in given):
             _refuse(func)
         out = func(*map(_local, args), **{name: _local(item) for name, item in kwargs.items()})
         if func._schema.is_mutable:
@@ -62,7 +62,7 @@ def _refuse(operator: Any) -> NoReturn:
     )
 
 
-def _elementwise(func: Any) -> bool:
+def is_elementwise(func: Any) -> bool:
     """Whether an operator makes one tensor of which an element reads one element of each operand."""
     if not isinstance(func, OpOverload) or torch.Tag.nondeterministic_seeded in func.tags:
         return False

@@ -1,7 +1,7 @@
 """Pure steps: forward, backward, one reduction of what is owed, one of the scalars, one update."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import prod
 from typing import Any
 
@@ -16,6 +16,7 @@ from shardspec.mesh import degree
 from shardspec.plan import LossPlan, ParamPlan, Plan
 from shardspec.runtime.attach import Local
 from shardspec.runtime.failure import explain
+from shardspec.runtime.parts import PartsOnly, are_split
 from shardspec.runtime.rank_major import state_view
 from shardspec.runtime.sharded import Batch, LossFn, Sharded
 from shardspec.runtime.state import Finite, Metric, OptState, Store, TrainState, copy_tree, next_rng
@@ -275,7 +276,9 @@ def updated(
     else:
         trained = {name: params[name] for name in grads}
         divided = {name: grad / scale.to(grad.dtype) for name, grad in grads.items()}
-        fresh, fresh_raw = optimizer.update(divided, raw, trained, state.step + 1)
+        parts = are_split((trained[name], torch.Size(state.home.params[name].shape)) for name in trained)
+        with PartsOnly() if parts else nullcontext():
+            fresh, fresh_raw = optimizer.update(divided, raw, trained, state.step + 1)
         params = {**params, **{name: torch.where(found_inf > 0, params[name], fresh[name]) for name in fresh}}
         raw = _select(found_inf, raw, fresh_raw)
         if donate:

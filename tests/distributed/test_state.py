@@ -602,6 +602,29 @@ def lion(lr: float) -> ss.Optimizer:
     return ss.Optimizer(init=init, update=update)
 
 
+def by_norms(lr: float) -> ss.Optimizer:
+    """Each update divided by the norm of its gradient, as in LARS (arXiv:1708.03888): of whole parameters."""
+
+    def update(grads: Any, state: Any, params: Any, step: int) -> Any:
+        return {n: params[n] - lr * grads[n] / (grads[n].norm() + 1) for n in grads}, state
+
+    return ss.Optimizer(init=lambda params: {}, update=update)
+
+
+def test_an_optimizer_that_takes_a_part_for_the_whole_is_refused():
+    def run(sharded: ss.Sharded) -> None:
+        state = sharded.init(by_norms(1e-2))
+        step, batch = ss.train_step(sharded, parity.loss_fn), sharded.local_batch(parity.make_batch(0))
+        if sharded.mesh.world == sharded.mesh["dp"]:
+            step(state, batch)
+        else:
+            refused("SS407", "rank's part of a parameter", step, state, batch)
+            assert state.params, "nothing was donated"
+
+    for mesh in ("", "dp=2", "fsdp=2", "tp=2"):
+        on_mesh(mesh, run)
+
+
 def test_any_pair_of_pure_functions_is_an_optimizer():
     def run(sharded: ss.Sharded) -> Any:
         state = sharded.init(lion(1e-3))
