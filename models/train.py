@@ -29,6 +29,7 @@ from models.checkpoints import checkpoint_of, find_checkpoint, other_settings, s
 from models.launch import launch, under_launcher
 from models.report import Report
 
+SCHEDULES = ("GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 VALIDATION_BATCHES = 8
 SAMPLE_LIMIT = 100_000_000  # parameters: a larger model is not gathered on every rank for a sample
@@ -63,6 +64,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--clip", type=float, default=1.0, help="the largest global gradient norm")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="1F1B", help="the order of a pipeline's work")
+    parser.add_argument("--microbatches", type=whole, help="of a step (default: one for each stage of a pipeline)")
     parser.add_argument("--no-sp", action="store_true", help="no sequence parallelism over tp")
     parser.add_argument("--metrics", type=Path, help="JSON lines (default: under runs/)")
     parser.add_argument("--out", type=Path, help="where the run is saved: at its end, and")
@@ -193,7 +196,8 @@ def train(options: argparse.Namespace) -> None:
 
     inputs = data.train_batch(corpus.train, seed=options.seed, step=0, **shape)
     rules = find_rules(family, no_sp=options.no_sp)
-    sharded = ss.shard(build, rules, parse_mesh(options.mesh), inputs)
+    policy = ss.Policy(schedule=options.schedule, microbatches=options.microbatches)
+    sharded = ss.shard(build, rules, parse_mesh(options.mesh), inputs, policy=policy)
     if is_first():
         print(sharded.plan, flush=True)
 
@@ -222,7 +226,7 @@ def train(options: argparse.Namespace) -> None:
         validation = validate(sharded, state, corpus, shape)
         unigram = data.entropy_unigram(corpus.train, corpus.validation)
         report.write(step=options.steps, validation_loss=validation, unigram=unigram, tokens_per_s=rate)
-    text = sample(state, build, options.seed)
+    text = sample(sharded, state, build, options.seed)
     if is_first():
         print(text)
         print(
@@ -293,14 +297,14 @@ def validate(sharded: ss.Sharded, state: ss.TrainState, corpus: data.Corpus, sha
     return sum(losses) / len(losses)
 
 
-def sample(state: ss.TrainState, build: Callable[[], torch.nn.Module], seed: int) -> str:
+def sample(sharded: ss.Sharded, state: ss.TrainState, build: Callable[[], torch.nn.Module], seed: int) -> str:
     """Gather the model and let it write; every rank must call this, since each holds a part."""
     with torch.device("meta"):
         hollow = build()
     size = sum(p.numel() for p in hollow.parameters())
     if size > SAMPLE_LIMIT:
         return f"no sample: {size:,} parameters are more than {SAMPLE_LIMIT:,}"
-    full = {name: ss.full(tensor) for name, tensor in state.params.items()}
+    full = sharded.state_dict(state)
     if not is_first():
         return ""
     model = build()

@@ -245,6 +245,17 @@ Make the module that reads it the unit, leave the parameter to the root unit, or
         right='units=[r"layers\\.\\d+"]',
     ),
     CodeEntry(
+        code="SS217",
+        title="layers that do not make the stages of a pipeline",
+        explanation="""\
+`pipeline=` is matched whole against the FQN of each module, and its group `pp` is the index of a layer. A stage
+has at least one layer. GPipe and 1F1B run one stage on each rank of pp, the others two, or as many as
+`Policy(stages=[...])` has numbers: of layers, one number for each stage, in order.
+Give pp a smaller size, another schedule, or stages that have all the layers.""",
+        wrong='pipeline=r"layers\\.\\d+"',
+        right='pipeline=r"layers\\.(?P<pp>\\d+)"',
+    ),
+    CodeEntry(
         code="SS301",
         title="a size that cannot be split evenly",
         explanation="""\
@@ -493,6 +504,17 @@ function (register_fake) or the backward (register_autograd) that a model will n
         right='ss.register_rule(op, "b d, d -> b d", samples=[(torch.randn(4, 8), torch.randn(8))])',
     ),
     CodeEntry(
+        code="SS331",
+        title="a forward that cannot be cut into stages",
+        explanation="""\
+Each stage of a pipeline runs the model's own forward on the same rows, with the layers of other stages hollow.
+From one stage to the next crosses one activation: the first argument of the next stage's first layer. What else
+a layer reads must come from the batch and buffers (positions, masks, tables), which every stage has. Here a later
+stage reads what parameters or layers of an earlier one made, or layers do not run once each, in their order.
+Pass the value through the layers inside of what crosses, make it from the batch, or begin the stages elsewhere
+with `Policy(stages=[...])`.""",
+    ),
+    CodeEntry(
         code="SS401",
         title="an argument or a batch of the wrong kind",
         explanation="""\
@@ -536,9 +558,10 @@ Rename or cast them before loading; names tied to one tensor must agree in their
         code="SS405",
         title="a number, dtype or pattern that the policy cannot use",
         explanation="""\
-What changes speed and never meaning is policy: microbatches, accumulation, recomputation, clipping. Here a
-number is out of range (a step has at least one microbatch, a clip is above 0), a dtype is no torch.dtype that
-holds fractions, or a pattern matches no unit of the table, so that what it asks for would not happen.""",
+What changes speed and never meaning is policy: schedule, microbatches, accumulation, recomputation, clipping.
+Here a number is out of range (a step has at least one microbatch, 1F1B at least one for each stage, a clip is
+above 0), a schedule is unknown, a dtype is no torch.dtype that holds fractions, or a pattern matches no unit of
+the table, so that what it asks for would not happen.""",
         wrong='ss.Policy(remat=[r"layer\\.\\d+"])',
         right='ss.Policy(remat=[r"layers\\.\\d+"])',
     ),

@@ -20,7 +20,8 @@ from shardspec.fixes import Attempt
 from shardspec.hazards import hazards
 from shardspec.kin import Kin, kindred
 from shardspec.mesh import AXES, Mesh
-from shardspec.plan import ActivationPlan, LossPlan, ParamPlan, Plan, UnitPlan
+from shardspec.pipelining import check_pipeline, lay, microbatch_count
+from shardspec.plan import ActivationPlan, LossPlan, ParamPlan, PipelinePlan, Plan, UnitPlan
 from shardspec.policy import Policy
 from shardspec.program import Program
 from shardspec.recording import trace
@@ -29,6 +30,7 @@ from shardspec.rules.match import as_pattern, fold, unknown_sizes, unused_axes
 from shardspec.rules.parse import Table, parse_table
 from shardspec.rules.table import Rules
 from shardspec.stages import Claims, TypedProgram
+from shardspec.staging import sends, staged_params, staged_points, staged_steps, staged_units
 from shardspec.survey import Model, Survey, View, survey
 from shardspec.tracing import HostRead, raised_here, refuse_gradient_hooks
 from shardspec.typecheck import typecheck
@@ -71,6 +73,7 @@ def compile(
     mesh: Mesh,
     inputs: Mapping[str, Any],
     loss: Callable[..., Any] | None = None,
+    policy: Policy | None = None,
 ) -> Plan:
     """Check `rules` against `model` and return the plan for `mesh`; no process group, no device.
 
@@ -80,13 +83,14 @@ def compile(
         mesh: the sizes of the axes.
         inputs: the global batch; only shapes and dtypes are read.
         loss: `loss_fn(output, batch) -> (sum, weight)`, typed with the model where it is given.
+        policy: how the plan is run: a pipeline's schedule and microbatches, what is computed again.
 
     Raises:
         ShardingError: with everything that the first stage to fail found.
     """
     check_arguments(rules, mesh, inputs)
     with uncollected():
-        return Compiler(survey(as_model(model)), rules).plan(mesh, inputs, loss)
+        return Compiler(survey(as_model(model)), rules, policy or Policy()).plan(mesh, inputs, loss)
 
 
 @define(eq=False)
@@ -115,11 +119,14 @@ class Compiler:
         """
         with uncollected():
             table, kin = self.table(mesh)
+            whole, mesh = mesh, mesh.replace(pp=1)
+            if whole["pp"] > 1:
+                settle(check_pipeline(self.rules, self.names.whole, whole, self.policy))
             outline = self.names.outline(kin.heads)
             _, attributes, found = self.look(outline, lambda view: self.declared(view, mesh))
             settle(found)
             params, sizes, found = self.look(outline, lambda view: match_params(table, view, mesh))
-            batch, inputs = inputs, microbatch_shapes(table, mesh, inputs, self.policy.accumulate)
+            batch, inputs = inputs, microbatch_shapes(table, mesh, inputs, microbatch_count(self.policy, whole))
             attempt = Attempt(
                 self.rules,
                 mesh,
@@ -151,10 +158,12 @@ class Compiler:
             outline = outline if typed.kin.heads == kin.heads else self.names.outline(typed.kin.heads)
             summed, found = prove(typed, outline, self.rules, has_loss=loss is not None)
             settle(attempt.fixed(found))
+            names = self.names.whole
+            pipeline = lay(typed, names, self.rules, whole, self.policy) if whole["pp"] > 1 else None
         return Plan.deferred(
-            mesh,
-            lambda world: self.legal_meshes(world, batch, loss),
-            lambda: assemble(typed, self.names.whole, self.rules, self.policy, summed),
+            whole,
+            lambda world: self.legal_meshes(world, batch, loss, pipelined=whole["pp"] > 1),
+            lambda: assemble(typed, self.names.whole, self.rules, whole, self.policy, summed, pipeline),
         )
 
     def table(self, mesh: Mesh) -> tuple[Table, Kin]:
@@ -165,7 +174,7 @@ class Compiler:
         """
         table, found = parse_table(self.rules)
         settle(found)
-        settle([*unbuilt(self.rules, mesh), *unknown_sizes(table)])
+        settle([*unbuilt(self.rules), *unknown_sizes(table)])
         settle(unused_axes(table, mesh, pipelined=self.rules.pipeline is not None))
         return table, self.kin(table)
 
@@ -191,6 +200,7 @@ class Compiler:
     def static(self, mesh: Mesh) -> tuple[dict[str, ParamPlan], tuple[UnitPlan, ...], dict[str, dict[str, int]]]:
         """What holds for every batch: parameters (what they owe is not known yet), units, attributes."""
         table, _ = self.table(mesh)
+        mesh = mesh.replace(pp=1)
         units, attributes, found = self.declared(self.names.whole, mesh)
         settle(found)
         claims, _, found = match_params(table, self.names.whole, mesh)
@@ -276,18 +286,26 @@ class Compiler:
             return False
         return True
 
-    def legal_meshes(self, world: int, inputs: Batch, loss: Callable[..., Any] | None) -> tuple[Mesh, ...]:
+    def legal_meshes(
+        self, world: int, inputs: Batch, loss: Callable[..., Any] | None, *, pipelined: bool = False
+    ) -> tuple[Mesh, ...]:
         """Every mesh of `world` ranks over the axes of the table that passes the check."""
-        return tuple(plan.mesh for plan in self.legal_plans(world, inputs, loss))
+        return tuple(plan.mesh for plan in self.legal_plans(world, inputs, loss, pipelined=pipelined))
 
-    def legal_plans(self, world: int, inputs: Batch, loss: Callable[..., Any] | None) -> Iterator[Plan]:
+    def legal_plans(
+        self, world: int, inputs: Batch, loss: Callable[..., Any] | None, *, pipelined: bool = False
+    ) -> Iterator[Plan]:
         """The plan of every mesh of `world` ranks over the axes of the table that passes the check.
 
         For each set of axes larger than one, the first mesh that passes tells what their sizes must divide; the
         others are checked where that holds.
+
+        Args:
+            pipelined: try meshes with pp too, whose legality hangs on the policy's schedule and microbatches.
         """
         table, _ = parse_table(self.rules)
         named = {axis for entry in (*table.params, *table.activations) for axis in entry.spec.axes}
+        named |= {"pp"} if pipelined else set()
         facts: dict[tuple[str, ...], tuple[Constraint, ...]] = {}
         for mesh in meshes(world, [axis for axis in AXES if axis in named]):
             if not all(fact.holds(mesh) for fact in facts.get(mesh.axes, ())):
@@ -318,14 +336,8 @@ def meshes(world: int, axes: Sequence[str]) -> Iterator[Mesh]:
         yield Mesh(**sizes)  # pyright: ignore[reportArgumentType]
 
 
-def unbuilt(rules: Rules, mesh: Mesh) -> Iterator[Diagnostic]:
+def unbuilt(rules: Rules) -> Iterator[Diagnostic]:
     """SS214 for what the runtime has no lowering for."""
-    if mesh["pp"] > 1:
-        yield Diagnostic(
-            code="SS214",
-            what=f"pp={mesh['pp']}: this version does not run pipelines",
-            why="stages are not lowered yet; dp, fsdp and tp are",
-        )
     if rules.experts is not None:
         yield Diagnostic(
             code="SS214",
@@ -348,8 +360,16 @@ def prove(
     return loss, [*found, *wrong]
 
 
-def assemble(typed: TypedProgram, names: View, rules: Rules, policy: Policy, loss: LossPlan | None) -> Plan:
-    """The plan of a program that is proved, written out for every layer."""
+def assemble(
+    typed: TypedProgram,
+    names: View,
+    rules: Rules,
+    mesh: Mesh,
+    policy: Policy,
+    loss: LossPlan | None,
+    pipeline: PipelinePlan | None,
+) -> Plan:
+    """The plan of a program that is proved, written out for every layer; `mesh` with pp, of which no type knows."""
     units, _ = resolve_units(rules, names)
     attributes, _ = resolve_attributes(rules, names.modules, typed.mesh.shape)
     owed = lowering.owed_axes(typed, names)[0]
@@ -359,24 +379,29 @@ def assemble(typed: TypedProgram, names: View, rules: Rules, policy: Policy, los
     activations, entries = lowering.lower_activations(typed)
     last = lowering.last_unit(typed, units)
     facts = lowering.constraints(typed)
-    collectives = lowering.folded_collectives(
-        [
-            *lowering.repeated(
-                [
-                    *lowering.point_collectives(typed, lowering.recomputed(units, policy)),
-                    *lowering.substitution_collectives(typed),
-                    *lowering.unit_collectives(params, units, typed.mesh, last, policy),
-                ],
-                policy.accumulate,
-            ),
-            *lowering.step_collectives(params, typed.mesh, loss),
+    again = lowering.recomputed(units, policy)
+    count = microbatch_count(policy, mesh)
+    stepwise = evolve(policy, accumulate=count, microbatches=None)
+    points = [*lowering.point_collectives(typed, again), *lowering.substitution_collectives(typed)]
+    if pipeline is None:
+        gathers = lowering.unit_collectives(params, units, typed.mesh, last, policy)
+        rows = [
+            *lowering.repeated([*lowering.named_by_fold(points), *gathers], count),
+            *lowering.step_collectives(params, mesh, loss),
         ]
-    )
+    else:
+        params = staged_params(params, pipeline)
+        rows = [
+            *lowering.repeated(lowering.named_by_fold(staged_points(points, pipeline, params)), count),
+            *sends(pipeline),
+            *staged_units(params, units, typed.mesh, pipeline, policy),
+            *staged_steps(params, mesh, loss, pipeline),
+        ]
     return Plan(
-        mesh=typed.mesh,
+        mesh=mesh,
         params=params,
         activations=activations,
-        collectives=collectives,
+        collectives=lowering.folded_collectives(rows),
         units=units,
         points=lowering.lower_points(typed),
         substitutions=tuple(lowering.substitutions(typed)),
@@ -386,5 +411,6 @@ def assemble(typed: TypedProgram, names: View, rules: Rules, policy: Policy, los
         output=lowering.output_layouts(typed),
         constraints=facts,
         last_unit=last,
-        counted=lambda: usage(typed, params, units, last, policy, facts),
+        pipeline=pipeline,
+        counted=None if pipeline is not None else lambda: usage(typed, params, units, last, stepwise, facts),
     )

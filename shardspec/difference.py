@@ -13,7 +13,7 @@ from shardspec.layout import Layout
 from shardspec.names import fold
 from shardspec.plan import ActivationPlan, LossPlan, ParamPlan, Plan, Substitution, UnitPlan
 from shardspec.report import as_text, cut, new_table
-from shardspec.summary import PHASES, shape_text, size_text, stored, volumes
+from shardspec.summary import PHASES, place_of, shape_text, size_text, stored, volumes
 
 ABSENT = "-"
 
@@ -180,7 +180,7 @@ def _messages(one: Plan, two: Plan) -> Iterator[tuple[str, ...]]:
     for plan in (one, two):
         side: dict[tuple[str, ...], Counter[int]] = {}
         for row in plan.collectives:
-            key = (row.phase, row.kind, ",".join(row.axes), row.where, row.why)
+            key = (row.phase, row.kind, ",".join(row.axes), place_of(row), row.why)
             side.setdefault(key, Counter())[row.bytes] += row.count
         sides.append(side)
     before, after = sides

@@ -194,9 +194,9 @@ def point_collectives(typed: TypedProgram, again: tuple[str, ...]) -> Iterator[C
         for position, step in graph.transitions.items():
             node = graph.graph.nodes[position]
             value = graph.graph.values[node.args[0].index]
-            name = fold(absolute(fqn, graph.names[position]))
+            name = absolute(fqn, graph.names[position])
             phases = [("forward", step.moves), ("backward", back.moves.get(position, ()) if back else ())]
-            if absolute(fqn, graph.names[position]) in twice:
+            if name in twice:
                 phases.append(("backward", step.moves))
             for phase, moves in phases:
                 for move in moves:
@@ -409,6 +409,11 @@ def repeated(rows: Iterable[Collective], count: int) -> Iterator[Collective]:
     return (evolve(row, count=row.count * count) for row in rows)
 
 
+def named_by_fold(found: Iterable[Collective]) -> Iterator[Collective]:
+    """The same, with layers that differ in their index alone under one name."""
+    return (evolve(row, where=fold(row.where)) for row in found)
+
+
 def folded_collectives(found: Iterable[Collective]) -> tuple[Collective, ...]:
     """Equal collectives as one row with their count."""
     rows: dict[Collective, int] = {}
@@ -492,7 +497,8 @@ def lower_loss(typed: TypedProgram) -> tuple[LossPlan | None, list[Diagnostic]]:
             found.append(in_order({axis for axis, _ in kind.layout.pending}))
     if problems:
         return None, problems
-    return LossPlan(sum_axes=found[0], weight_axes=found[1]), []
+    number = isinstance(result[1], (int, float))
+    return LossPlan(sum_axes=found[0], weight_axes=found[1], number=number), []
 
 
 def _kind(item: Any) -> str:

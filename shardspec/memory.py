@@ -133,6 +133,8 @@ class Memory(Mapping[str, sympy.Expr]):
 
 def memory(plan: Plan, optimizer: Any = "adamw", stage: int | None = None) -> Memory:
     """The memory of a plan's step with an optimizer; see `Plan.memory`."""
+    if plan.pipeline is not None:
+        refuse("SS214", "plan.memory of a pipeline", why="the bytes in flight of a stage are not counted yet")
     if plan.usage is None:
         refuse("SS401", "the plan does not say what its step holds", why="it was put together by hand")
     if stage not in (None, 0):

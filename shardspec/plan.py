@@ -11,6 +11,7 @@ from shardspec.constraints import Constraint
 from shardspec.layout import Layout, canonical
 from shardspec.mesh import Mesh
 from shardspec.moves import Move
+from shardspec.timeline import StageCosts, Timeline, timeline
 
 
 @frozen(kw_only=True)
@@ -90,6 +91,8 @@ class Collective:
     bytes: int
     why: str = ""
     """The rule, or what it is for."""
+    stage: int | None = None
+    """The stage of a pipeline whose ranks make it; None: all do."""
 
     @property
     def total_bytes(self) -> int:
@@ -137,6 +140,48 @@ class LossPlan:
 
     sum_axes: tuple[str, ...] = ()
     weight_axes: tuple[str, ...] = ()
+    number: bool = False
+    """Whether the weight is a Python number."""
+
+
+@frozen(kw_only=True)
+class StagePlan:
+    """One stage of a pipeline: what its ranks run of the model, and what they are given to run it."""
+
+    index: int
+    rank: int
+    """The place on pp of the ranks that run it."""
+    layers: tuple[str, ...]
+    params: tuple[str, ...]
+    """First names of the parameters and buffers that it holds; a tied one may have several homes."""
+    names: tuple[str, ...]
+    """The names under which its modules read them: of a tied one some."""
+    cost: int = 0
+    """Operations of a microbatch's forward over all its ranks, and parameter elements that it reads."""
+    hollow: tuple[ActivationPlan, ...] = ()
+    """The modules that come before its first layer and compute on other stages: what they return in their place."""
+    dense: bool = False
+    """Whether what stands for them is written to, and needs a number for each element."""
+    receives: ActivationPlan | None = None
+    """What enters its first layer, of which every rank sends and receives its own part; None on the first stage."""
+
+
+@frozen(kw_only=True)
+class PipelinePlan:
+    """How layers lie over pp."""
+
+    schedule: str
+    degree: int
+    microbatches: int
+    stages: tuple[StagePlan, ...]
+
+    def on(self, rank: int) -> tuple[StagePlan, ...]:
+        """The stages that the ranks at a place on pp run."""
+        return tuple(stage for stage in self.stages if stage.rank == rank)
+
+    def homes(self, first: str) -> tuple[int, ...]:
+        """The places on pp where a parameter lies."""
+        return tuple(sorted({stage.rank for stage in self.stages if first in stage.params}))
 
 
 @frozen(kw_only=True, slots=False)
@@ -162,6 +207,7 @@ class Plan:
     """What the sizes of the mesh's axes must divide, for a mesh with the same axes larger than one."""
     last_unit: str = ""
     """The unit that runs last, which stays gathered until its backward."""
+    pipeline: PipelinePlan | None = None
     legal: Any = field(default=None, eq=False, repr=False)
     """Checks another mesh; absent from a plan that was read from a file."""
 
@@ -210,6 +256,15 @@ class Plan:
         from shardspec.memory import memory
 
         return memory(self, optimizer, stage)
+
+    @property
+    def schedule(self) -> Timeline | None:
+        """The timeline of a pipeline's step, in the costs of its stages' forwards; None where there is no pipeline."""
+        if self.pipeline is None:
+            return None
+        costs = StageCosts.of_products([stage.cost for stage in self.pipeline.stages])
+        found = self.pipeline
+        return timeline(found.schedule, found.degree, found.microbatches, len(found.stages) // found.degree, costs)
 
     @property
     def local_calls(self) -> dict[str, dict[tuple[str, int], Substitution]]:
@@ -261,6 +316,8 @@ class Plan:
 
     def legal_meshes(self, world: int) -> tuple[Mesh, ...]:
         """Every mesh of `world` ranks, over the axes that the table names, that passes the check.
+
+        Meshes with pp are among them where this plan's own has it.
 
         Raises:
             ValueError: for a plan that was read from a file, which no longer knows its model.

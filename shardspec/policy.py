@@ -7,6 +7,7 @@ import torch
 from attrs import field, frozen
 
 from shardspec.diagnostics import calling_line, refuse
+from shardspec.schedule import SCHEDULES, needs
 
 
 def _patterns(value: bool | str | Sequence[str]) -> bool | tuple[str, ...]:
@@ -26,7 +27,11 @@ class Policy:
         accumulate: microbatches of a step, one after another, with one update.
         compile: units (by regex, or all) that `torch.compile` compiles.
         reshard_after_forward: units (by regex, or all) whose gathered parameters are freed between forward
-            and backward, and gathered again.
+            and backward, and gathered again; under pp a stage gathers once a step.
+        schedule: the order of a pipeline's forwards and backwards, by torch's name.
+        microbatches: of a step, with one update: in a pipeline those in flight, elsewhere one after another (then the
+            same as `accumulate`). None: as many as the pipeline has stages, where there is one.
+        stages: how many layers each stage of a pipeline has, in order; balanced where it is None.
     """
 
     param_dtype: torch.dtype | None = None
@@ -35,6 +40,9 @@ class Policy:
     accumulate: int = 1
     compile: bool | tuple[str, ...] = field(default=False, converter=_patterns)
     reshard_after_forward: bool | tuple[str, ...] = field(default=True, converter=_patterns)
+    schedule: str = "1F1B"
+    microbatches: int | None = None
+    stages: tuple[int, ...] | None = field(default=None, converter=lambda cut: None if cut is None else tuple(cut))
 
     def __attrs_post_init__(self) -> None:
         for name in ("param_dtype", "reduce_dtype"):
@@ -54,6 +62,30 @@ class Policy:
                 why="a step has at least one microbatch",
                 locations=(calling_line(),),
                 advice=("give accumulate=1, or leave it out, for a step of one microbatch",),
+            )
+        if self.microbatches is not None and (self.microbatches < 1 or self.accumulate > 1):
+            refuse(
+                "SS405",
+                f"microbatches={self.microbatches}" + (f", accumulate={self.accumulate}" * (self.accumulate > 1)),
+                why="a step has at least one microbatch, and one number says how many",
+                locations=(calling_line(),),
+                advice=("give microbatches= alone: without pp it accumulates",),
+            )
+        if self.schedule not in SCHEDULES:
+            unmet = needs(self.schedule, 1, 1, 1)[0]
+            refuse(
+                "SS405",
+                f"schedule={self.schedule!r}",
+                why=unmet.why,
+                locations=(calling_line(),),
+                advice=(unmet.advice,),
+            )
+        if self.stages is not None and (not self.stages or min(self.stages) < 1):
+            refuse(
+                "SS405",
+                f"stages={list(self.stages)}",
+                why="a stage has at least one layer",
+                locations=(calling_line(),),
             )
 
 

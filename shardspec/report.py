@@ -7,7 +7,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from shardspec.plan import Plan
+from shardspec.plan import PipelinePlan, Plan
 from shardspec.summary import (
     PHASES,
     activation_rows,
@@ -16,9 +16,11 @@ from shardspec.summary import (
     facts,
     mesh_text,
     param_rows,
+    place_of,
     shape_text,
     size_text,
     stored_bytes,
+    stored_of,
     tied_to,
     volumes,
 )
@@ -30,6 +32,8 @@ MOST_RULE = 32
 def render(plan: Plan) -> str:
     """The plan as text, repeated layers folded."""
     parts: list[RenderableType] = [Text(f"plan for {mesh_text(plan)}"), _facts(plan), _parameters(plan)]
+    if plan.pipeline is not None:
+        parts.append(_stages(plan, plan.pipeline))
     if plan.activations:
         parts.append(_activations(plan))
     if plan.collectives:
@@ -95,6 +99,23 @@ def _parameters(plan: Plan) -> Table:
     return table
 
 
+def _stages(plan: Plan, pipeline: PipelinePlan) -> Table:
+    table = new_table("stages", "stage", "on pp", "layers", "parameters>", "bytes on a rank>", "receives")
+    for stage in pipeline.stages:
+        held = stored_of(plan, set(stage.params))
+        ends = (stage.layers[0], stage.layers[-1])
+        crossing = stage.receives
+        table.add_row(
+            str(stage.index),
+            str(stage.rank),
+            " to ".join(dict.fromkeys(ends)),
+            f"{held.numbers:,}",
+            size_text(held.bytes),
+            Text(f"{crossing.layout} {crossing.dtype}" if crossing is not None else ""),
+        )
+    return table
+
+
 def _activations(plan: Plan) -> Table:
     table = new_table("declared activations", "name", "n>", "arrives", "leaves", "rule")
     for block, rows in by_block(activation_rows(plan)).items():
@@ -114,7 +135,7 @@ def _activations(plan: Plan) -> Table:
 def _collectives(plan: Plan) -> Table:
     table = new_table("collectives of a step", "phase", "kind", "axes", "where", "count>", "each>", "for")
     for row in collective_rows(plan):
-        place = (row.phase, row.kind, ",".join(row.axes), Text(row.where))
+        place = (row.phase, row.kind, ",".join(row.axes), Text(place_of(row)))
         table.add_row(*place, str(row.count), size_text(row.bytes), Text(cut(row.why)))
     return table
 

@@ -1,7 +1,7 @@
 """A plan as a reader sees it: equal layers folded into one row, bytes and messages summed. Imports no torch."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from math import prod
 from typing import Generic, TypeVar
 
@@ -95,6 +95,11 @@ def collective_rows(plan: Plan) -> list[Collective]:
     return sorted(plan.collectives, key=lambda row: PHASES.index(row.phase))
 
 
+def place_of(row: Collective) -> str:
+    """Where a collective is made, in words; under pp with the stage."""
+    return row.where if row.stage is None or row.kind == "send_recv" else f"{row.where} (stage {row.stage})"
+
+
 def volumes(plan: Plan) -> dict[str, dict[str, int]]:
     """Axes -> phase -> the bytes of the messages of a step; axes that go together are one entry, as "dp,fsdp"."""
     found: dict[str, dict[str, int]] = {}
@@ -105,8 +110,27 @@ def volumes(plan: Plan) -> dict[str, dict[str, int]]:
 
 
 def stored(plan: Plan, *, buffers: bool = False) -> Stored:
-    """What rank 0 stores of the parameters, or of the buffers; a tied tensor counts once."""
-    held = [param for name, param in plan.params.items() if param.first == name and param.buffer == buffers]
+    """What a rank stores of the parameters, or of the buffers; a tied tensor counts once.
+
+    Of the first rank, which stores the most; under pp of the first of those that do.
+    """
+    pipeline = plan.pipeline
+    if pipeline is None:
+        return stored_of(plan, plan.params, buffers=buffers)
+    each = [
+        stored_of(plan, {name for stage in pipeline.on(rank) for name in stage.params}, buffers=buffers)
+        for rank in range(pipeline.degree)
+    ]
+    return max(each, key=lambda held: held.bytes)
+
+
+def stored_of(plan: Plan, names: Container[str], *, buffers: bool = False) -> Stored:
+    """What is stored of the parameters, or buffers, of these first names."""
+    held = [
+        param
+        for name, param in plan.params.items()
+        if param.first == name and param.buffer == buffers and name in names
+    ]
     return Stored(numbers=sum(prod(param.local_shape) for param in held), bytes=sum(map(stored_bytes, held)))
 
 
@@ -125,6 +149,8 @@ def facts(plan: Plan) -> dict[str, str]:
         "units": str(len(plan.units)),
         "collectives a step": f"{sum(row.count for row in plan.collectives):,}",
     }
+    if plan.pipeline is not None:
+        found["pipeline"] = f"{plan.pipeline.schedule}, {plan.pipeline.microbatches} microbatches"
     if plan.constraints:
         found["sizes must divide"] = ", ".join(map(str, plan.constraints))
     return found

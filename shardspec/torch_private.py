@@ -307,3 +307,103 @@ def collectives_ended(group: Any) -> bool:
 def storage_key(tensor: Tensor) -> int:
     """A number that two living tensors share if they share their storage."""
     return tensor.untyped_storage()._cdata
+
+
+def schedule_actions(name: str, degree: int, per_rank: int, microbatches: int) -> list[list[tuple[str, int, int]]]:
+    """What each rank of a pipeline does, in order: (kind, stage, microbatch).
+
+    Kinds are torch's: F forward, B backward, I and W its halves for inputs and for weights, and SEND_F, RECV_F,
+    SEND_B, RECV_B.
+
+    Args:
+        name: GPipe, 1F1B, or a class of torch.distributed.pipelining without its `Schedule`.
+        degree: how many ranks the pipeline has.
+        per_rank: how many stages a rank runs.
+
+    Raises:
+        ValueError: where the schedule does not take that many microbatches or stages.
+    """
+    schedules: Any = import_module("torch.distributed.pipelining.schedules")
+    action, kinds = schedules._Action, schedules._ComputationType
+    stages = degree * per_rank
+    if name in ("GPipe", "1F1B"):
+        # Torch has no list for these that it runs from: what it draws of 1F1B leaves out a forward on the last rank.
+        if name == "1F1B" and microbatches < stages:
+            raise ValueError(f"1F1B needs at least as many microbatches as stages, {stages}")
+        orders: dict[int, list[Any]] = {}
+        for rank in range(degree):
+            ahead = microbatches if name == "GPipe" else min(microbatches, stages - rank)
+            forward = [action(rank, kinds.FORWARD, index) for index in range(microbatches)]
+            backward = [action(rank, kinds.FULL_BACKWARD, index) for index in range(microbatches)]
+            paired = [step for pair in zip(backward, forward[ahead:], strict=False) for step in pair]
+            orders[rank] = [*forward[:ahead], *paired, *backward[microbatches - ahead :]]
+        placed = dict(enumerate(range(degree)))
+    else:
+        made = [
+            [
+                SimpleNamespace(
+                    num_stages=stages,
+                    group_size=degree,
+                    group_rank=rank,
+                    stage_index=index,
+                    is_last=index == stages - 1,
+                    submod=None,
+                )
+                for index in range(rank, stages, degree)
+            ]
+            for rank in range(degree)
+        ]
+        schedule = getattr(schedules, f"Schedule{name}")(made[0], microbatches)
+        orders, placed = schedule.pipeline_order, schedule.stage_index_to_group_rank
+        orders = {rank: [step for step in order if step is not None] for rank, order in orders.items()}
+    lowered = schedules._add_send_recv(
+        {rank: list(order) for rank, order in orders.items()}, placed.__getitem__, stages
+    )
+    return [
+        [
+            (str(step.computation_type.value), int(step.stage_index), int(step.microbatch_index))
+            for whole in lowered[rank]
+            for step in whole.sub_actions or (whole,)
+        ]
+        for rank in range(degree)
+    ]
+
+
+def stage_backward_input(*args: Any) -> Any:
+    """The gradients of a stage's inputs alone, and what is needed for its parameters' later."""
+    return import_module("torch.distributed.pipelining._backward").stage_backward_input(*args)
+
+
+def stage_backward_weight(*args: Any) -> Any:
+    """The gradients of a stage's parameters, from what `stage_backward_input` left."""
+    return import_module("torch.distributed.pipelining._backward").stage_backward_weight(*args)
+
+
+def wait_for_peer(work: Any) -> None:
+    """Wait for a message, in a frame of torch.distributed: by that a lost peer is told from a failure of one's own."""
+    import_module("torch.distributed.pipelining.schedules")._wait_batch_p2p([work])
+
+
+def hold_gradients(root: nn.Module) -> None:
+    """Have FSDP2 keep parameters gathered and gradients whole over the backwards to come."""
+    if isinstance(root, FSDPModule):
+        root.set_is_last_backward(False)
+        root.set_reshard_after_backward(False)
+        root.set_requires_gradient_sync(False)
+
+
+def reduce_gradients(root: nn.Module) -> None:
+    """Have FSDP2 sum and scatter the gradients that it kept, and free what it gathered.
+
+    What torch.distributed.pipelining's stages do after their last backward.
+    """
+    if not isinstance(root, FSDPModule):
+        return
+    root.set_is_last_backward(True)
+    root.set_reshard_after_backward(True)
+    root.set_requires_gradient_sync(True)
+    state = root._get_fsdp_state()
+    for each in state._state_ctx.all_states:
+        for group in each._fsdp_param_groups:
+            group.post_backward()
+    state._root_post_backward_final_callback()

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = (
     "torch_private diagnostics names layout aliasing nests twin catalog",
-    "mesh policy functional program moves schedule",
+    "mesh functional program moves schedule",
+    "policy",
     "spec constraints balance timeline amounts",
     "rules.table rules.operator peaks",
     "rules.parse rules.factors",
@@ -30,7 +31,7 @@ LAYERS = (
     "stages memory",
     "dryrun packed",
     "arguments claims lower fixes explain",
-    "hazards batch typecheck footprint",
+    "hazards batch typecheck footprint pipelining staging",
     "localrun",
     "moments",
     "residency",
@@ -43,6 +44,8 @@ LAYERS = (
     "runtime.arguments runtime.boundary runtime.recipe runtime.state",
     "runtime.attach runtime.init runtime.weights",
     "runtime.apply",
+    "runtime.stage",
+    "runtime.pipeline",
     "runtime.sharded",
     "runtime.contents runtime.step",
     "runtime.save",

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -142,8 +143,13 @@ def apply(
     attributes: Mapping[str, Mapping[str, int]],
     fabric: Fabric,
     policy: Policy,
+    held: AbstractSet[str] | None = None,
 ) -> LocalModel:
-    """Turn a module of our own into this rank's: the only function that changes a module."""
+    """Turn a module of our own into this rank's: the only function that changes a module.
+
+    Args:
+        held: the first names of what lies in the module, where it is a stage of a pipeline.
+    """
     _localise(module, params, fabric)
     for path, named in attributes.items():
         for name, value in named.items():
@@ -151,13 +157,17 @@ def apply(
     for unit in units:
         for path in unit.modules:
             _wrap(module, path, policy)
-    own = {name: plan for name, plan in params.items() if plan.first == name and not plan.buffer}
+    own = {
+        name: plan
+        for name, plan in params.items()
+        if plan.first == name and not plan.buffer and (held is None or name in held)
+    }
     stored = any(plan.storage for plan in own.values())
     if stored:
-        _fully_shard(module, own, units, fabric, policy)
+        _fully_shard(module, params, units, fabric, policy)
     found = LocalModel(module, own)
     if stored:
-        found.records = fsdp_records(module)
+        found.records = {params[name].first: record for name, record in fsdp_records(module).items()}
         for record in found.records.values():
             materialise_fsdp(record, fabric.device)
     _materialise(found, params, fabric, policy)
@@ -214,7 +224,7 @@ def _fully_shard(
     """FSDP2 on every unit that stores anything, the root last; gradients are sums."""
     named = dict(module.named_parameters())
     dims = {id(parameter): params[name].storage_dim for name, parameter in named.items()}
-    ignored = {named[name] for name, plan in params.items() if not plan.storage}
+    ignored = {parameter for name, parameter in named.items() if not params[name].storage}
     # Casting what enters a unit would make a mesh with storage compute what one without does not.
     precision = MixedPrecisionPolicy(
         param_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype, cast_forward_inputs=False

@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any, Self
 
 import torch
@@ -249,9 +250,15 @@ def attach(
     points: Mapping[str, PointPlan],
     substitutions: tuple[Substitution, ...],
     done: set[tuple[str, str]],
+    foreign: AbstractSet[str] = frozenset(),
 ) -> None:
-    """Hook every point of a plan, and run the modules with local calls under `Local`; `done` is not done again."""
+    """Hook every point of a plan, and run the modules with local calls under `Local`; `done` is not done again.
+
+    Args:
+        foreign: the modules that do not run here, whose points another stage passes.
+    """
     modules = {fqn for fqn, _ in model.named_modules()}
+    points = {name: point for name, point in points.items() if name.partition(":")[0] not in foreign}
     styles: dict[str, ParallelStyle] = {}
     local = {entry.path for entry in substitutions if entry.path != "loss"}
     for fqn, inputs, outputs, named in split_points(points, modules):

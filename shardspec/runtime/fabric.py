@@ -22,7 +22,12 @@ class Fabric:
     rank: int
     device_mesh: DeviceMesh
     """Over the axes larger than one, in mesh order; of one rank and no backend where there is none."""
+    state_mesh: DeviceMesh
+    """The same without pp: over which the parameters of this rank's stages lie."""
     groups: dict[tuple[str, ...], dist.ProcessGroup] = field(factory=dict)
+    homes: dict[tuple[int, ...], dist.ProcessGroup] = field(factory=dict)
+    """Places on pp -> this rank's group with those that differ from it on pp alone and have one of them."""
+    storage: dict[tuple[str, ...], DeviceMesh] = field(factory=dict)
 
     @property
     def coordinate(self) -> dict[str, int]:
@@ -60,6 +65,14 @@ class Fabric:
                 found = group
         assert found is not None, "this rank is in one group of each family"
         return found
+
+    def reserve_homes(self, wanted: Iterable[tuple[int, ...]]) -> None:
+        """Make the groups of ranks that hold one parameter on several stages; every rank must call it."""
+        for places in sorted(set(wanted)):
+            for ranks in families(self.mesh, ("pp",)):
+                group = dist.new_group([ranks[place] for place in places])
+                if self.rank in ranks and self.coordinate["pp"] in places and isinstance(group, dist.ProcessGroup):
+                    self.homes[places] = group
 
     def reserve(self, families_wanted: Iterable[tuple[str, ...]]) -> None:
         """Make the groups that a plan will need, at a moment when every rank does the same."""
@@ -114,16 +127,30 @@ def connect(mesh: Mesh) -> Fabric:
     if mesh.world == 1:
         device = torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else torch.device("cpu")
         alone = DeviceMesh(kind, [0], mesh_dim_names=("dp",), _init_backend=False, _rank=0)
-        return Fabric(mesh, device, 0, alone)
+        return Fabric(mesh, device, 0, alone, alone)
     if dist.get_backend() in ("gloo", THREADS):
         kind = "cpu"
     device = torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
-    shape = tuple(mesh.shape.values())
-    return Fabric(mesh, device, dist.get_rank(), init_device_mesh(kind, shape, mesh_dim_names=mesh.axes))
+    shape, rank = tuple(mesh.shape.values()), dist.get_rank()
+    whole = init_device_mesh(kind, shape, mesh_dim_names=mesh.axes)
+    inner = tuple(axis for axis in mesh.axes if axis != "pp")
+    if inner == mesh.axes:
+        state = whole
+    elif inner:
+        state = whole[inner]
+    else:
+        state = DeviceMesh(kind, [rank], mesh_dim_names=("dp",), _init_backend=False, _rank=rank)
+    return Fabric(mesh, device, rank, whole, state)
 
 
 def storage_mesh(fabric: Fabric, axes: tuple[str, ...]) -> DeviceMesh:
-    """The mesh that FSDP2 stores over: `axes` as one dim, behind dp where dp is larger than one."""
+    """The mesh that FSDP2 stores over: `axes` as one dim, behind dp where dp is larger than one; made once."""
+    if axes not in fabric.storage:
+        fabric.storage[axes] = _storage_mesh(fabric, axes)
+    return fabric.storage[axes]
+
+
+def _storage_mesh(fabric: Fabric, axes: tuple[str, ...]) -> DeviceMesh:
     mesh = fabric.mesh
     replicas = ("dp",) if mesh["dp"] > 1 else ()
     if len(axes) == 1:

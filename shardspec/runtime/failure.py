@@ -218,7 +218,8 @@ def place(
         path, where = running[-1], running[-1] or "the model"
     else:
         path, where = None, "the step"
-    phase = "backward" if backward else "forward" if running else "the loss"
+    waiting = not running and bool(frames) and _in_collective(frames[-1])
+    phase = "backward" if backward else "forward" if running else "a wait for other ranks" if waiting else "the loss"
     first, *rest = str(error).strip().splitlines() or [""]
     rank = f" on rank {notices.rank}" if notices.world > 1 else ""
     kept = [*_tensors(path, plan)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
@@ -16,8 +17,9 @@ from shardspec.batch import batch_key, check_rows, describe
 from shardspec.compiler import Compiler, settle
 from shardspec.diagnostics import Diagnostic, ShardingError, calling_line, refuse
 from shardspec.mesh import BATCH_AXES, Mesh, degree
+from shardspec.pipelining import microbatch_count
 from shardspec.placement import local_index, stored_shape
-from shardspec.plan import ActivationPlan, Plan
+from shardspec.plan import ActivationPlan, PipelinePlan, Plan
 from shardspec.policy import Policy
 from shardspec.rules.match import fold, folded
 from shardspec.runtime.agreement import agree, details_of, fingerprint
@@ -29,8 +31,10 @@ from shardspec.runtime.failure import Notices
 from shardspec.runtime.gather import gather
 from shardspec.runtime.init import NotReplayable, materialise
 from shardspec.runtime.optim import Optimizer
+from shardspec.runtime.pipeline import StagedModel, apply_stages
 from shardspec.runtime.state import OptState, Specs, Store, TrainState
 from shardspec.runtime.weights import given_name, misfits
+from shardspec.staging import staged_params
 from shardspec.survey import Model, survey
 from shardspec.torch_private import default_store, local_of, make_spec
 
@@ -48,7 +52,7 @@ class Sharded:
         self.compiler = agree(world, "the plan", lambda: self._compile(model, rules, inputs, world), self._details)
         self.fabric: Fabric = connect(mesh)
         own, self.source = build_source(model)
-        self.local: LocalModel = apply(own, self.params, self.units, self.attributes, self.fabric, policy)
+        self.local: LocalModel | StagedModel = self._apply(own)
         self.specs: Specs = self._specs()
         self.buffers: dict[str, Tensor] = self.local.held_buffers()
         """What persistent buffers are in a new state."""
@@ -57,8 +61,15 @@ class Sharded:
         self.wiring = Wiring(self.fabric)
         self.notices = Notices.of_world(default_store() if world > 1 else None, self.fabric.rank, world)
         self.programs: dict[Any, Plan] = {}
-        self._hooked: set[tuple[str, str]] = set()
+        self._hooked: dict[int, set[tuple[str, str]]] = {}
         self._entries: dict[Any, dict[str, ActivationPlan]] = {}
+
+    def _apply(self, module: nn.Module) -> LocalModel | StagedModel:
+        """This rank's own, of a module of ours; every rank must call it."""
+        if self.pipeline is None:
+            return apply(module, self.params, self.units, self.attributes, self.fabric, self.policy)
+        self.fabric.reserve_homes(homes for homes in map(self.pipeline.homes, self.params) if len(homes) > 1)
+        return apply_stages(module, self.pipeline, self.params, self.units, self.attributes, self.fabric, self.policy)
 
     @property
     def module(self) -> nn.Module:
@@ -68,7 +79,9 @@ class Sharded:
     @property
     def key(self) -> str:
         """What two shardings share if a state of the one fits the other."""
-        placed = sorted((name, str(plan.layout), plan.storage, plan.storage_dim) for name, plan in self.params.items())
+        placed = sorted(
+            (name, str(plan.layout), plan.storage, plan.storage_dim, plan.stage) for name, plan in self.params.items()
+        )
         return f"{self.mesh}:{hash(tuple(map(str, placed))) & 0xFFFFFFFF:08x}"
 
     def _compile(
@@ -82,6 +95,17 @@ class Sharded:
             check_batch(inputs)
             compiler.entries(self.mesh, inputs)
             self.plan = compiler.plan(self.mesh, inputs)
+        elif self.mesh["pp"] > 1:
+            refuse(
+                "SS401",
+                f"pp={self.mesh['pp']} and no inputs",
+                why="which parameters lie on which stage is decided on the recorded forward, before any is made",
+                locations=(calling_line(),),
+                advice=("give ss.shard(..., inputs) a global batch, or its shapes on meta",),
+            )
+        self.pipeline = self.plan.pipeline if self.plan is not None and self.mesh["pp"] > 1 else None
+        if self.pipeline is not None:
+            self.params = staged_params(self.params, self.pipeline)
         settle(unmatched_policy(self.policy, self.units))
         check_world(self.mesh, world)
         if world == 1:
@@ -99,7 +123,7 @@ class Sharded:
         return {"mesh": str(self.mesh), "policy": str(self.policy)} | details_of(self.params, self.plan)
 
     def _specs(self) -> dict[str, Any]:
-        mesh = self.fabric.device_mesh
+        mesh = self.fabric.state_mesh
         specs: dict[str, Any] = {}
         for name, plan in self.params.items():
             placements = plan.placements or placements_of_one(mesh)
@@ -119,6 +143,7 @@ class Sharded:
                 whole = self.compiler.global_shapes(self.mesh, batch)
                 self.compiler.entries(self.mesh, whole)
                 plan = self.compiler.plan(self.mesh, whole, loss_fn, training=training)
+                check_stages(self.pipeline, plan.pipeline if self.pipeline is not None else None)
                 return plan, {"plan": plan.hash}
 
             try:
@@ -137,7 +162,12 @@ class Sharded:
 
     def _hook(self, plan: Plan) -> None:
         self.fabric.reserve(families_of(plan))
-        attach(self.module, self.wiring, plan.points, plan.substitutions, self._hooked)
+        if isinstance(self.local, StagedModel):
+            for index, stage in self.local.stages.items():
+                done, foreign = self._hooked.setdefault(index, set()), self.local.foreign[index]
+                attach(stage.local.module, self.wiring, plan.points, plan.substitutions, done, foreign)
+            return
+        attach(self.module, self.wiring, plan.points, plan.substitutions, self._hooked.setdefault(0, set()))
         for unit in self.units:
             if unit.modules and unit.name == plan.last_unit:
                 child = self.module.get_submodule(unit.modules[0])
@@ -173,7 +203,7 @@ class Sharded:
         return parts
 
     def _local_entry(self, entry: ActivationPlan, item: Tensor) -> Tensor:
-        count = self.policy.accumulate
+        count = self.count
         place, mesh = self.fabric.coordinate, self.mesh
         if count == 1 or entry.batch_dim is None:
             return local_part(item, entry.layout, place, mesh)
@@ -186,7 +216,7 @@ class Sharded:
 
     def microbatches(self, plan: Plan, batch: Batch) -> list[dict[str, Any]]:
         """A local batch as the microbatches that it holds."""
-        count = self.policy.accumulate
+        count = self.count
         if count == 1:
             return [dict(batch)]
         parts: list[dict[str, Any]] = [{} for _ in range(count)]
@@ -196,6 +226,11 @@ class Sharded:
             for part, chunk in zip(parts, chunks, strict=True):
                 part[name] = chunk
         return parts
+
+    @property
+    def count(self) -> int:
+        """How many microbatches a step has."""
+        return microbatch_count(self.policy, self.mesh)
 
     # States.
 
@@ -214,21 +249,26 @@ class Sharded:
             ShardingError: SS406 for a parameter or buffer that nothing gives a value, SS203 for a pattern of `init`
                 that matches nothing.
         """
-        locals_: dict[str, Tensor] = {}
-        without: dict[str, str] = {}
-        problems: list[Diagnostic] = [
-            Diagnostic(code="SS203", what=f'init: r"{pattern}" matches no parameter')
-            for pattern in init or {}
-            if not any(re.fullmatch(pattern, name) for name in self.local.params)
-        ]
-        for name in self.local.params:
-            try:
-                locals_[name] = self._initial(name, seed, init or {})
-            except (NotReplayable, LookupError) as error:
-                without[name] = str(error.args[-1] if isinstance(error, LookupError) else error)
-        settle([*problems, *without_values(without | self.hollow_buffers())])
-        agree(self.mesh.world, "the state", lambda: (None, {"seed": str(seed)}))
-        return self.state(locals_, optimizer, seed)
+        names = [name for name, plan in self.params.items() if plan.first == name and not plan.buffer]
+
+        def made() -> tuple[dict[str, Tensor], Mapping[str, str]]:
+            locals_: dict[str, Tensor] = {}
+            without: dict[str, str] = {}
+            problems: list[Diagnostic] = [
+                Diagnostic(code="SS203", what=f'init: r"{pattern}" matches no parameter')
+                for pattern in init or {}
+                if not any(re.fullmatch(pattern, name) for name in names)
+            ]
+            for name in self.local.params:
+                try:
+                    locals_[name] = self._initial(name, seed, init or {})
+                except (NotReplayable, LookupError) as error:
+                    without[name] = str(error.args[-1] if isinstance(error, LookupError) else error)
+            settle([*problems, *without_values(without | self.hollow_buffers())])
+            return locals_, {"seed": str(seed)}
+
+        # Under pp a stage's mistakes are its own ranks' alone: the others are told.
+        return self.state(agree(self.mesh.world, "the state", made), optimizer, seed)
 
     def _initial(self, name: str, seed: int, init: Mapping[str, Callable[[Tensor], Any]]) -> Tensor:
         plan = self.params[name]
@@ -320,12 +360,43 @@ class Sharded:
         """
         self.check_state(state)
         views = {**state.params, **state.buffers}
-        whole = {name: full(view).cpu() for name, view in views.items()}
+        whole = {name: full(view) for name, view in views.items()}
+        if self.pipeline is not None:
+            whole = self._from_all_stages(whole)
+        whole = {name: tensor.cpu() for name, tensor in whole.items()}
         return {
             name: whole[plan.first]
             for name, plan in self.params.items()
             if plan.first in whole and (plan.persistent or not plan.buffer)
         }
+
+    def elsewhere(self, name: str) -> str:
+        """Where a parameter lies that does not lie on this rank; nothing where none has the name."""
+        plan = self.params.get(name)
+        if plan is None or self.pipeline is None:
+            return ""
+        if plan.first != name:
+            return f"{name} is {plan.first}, under whose name it lies"
+        homes = " and ".join(f"pp={place}" for place in self.pipeline.homes(name))
+        return (
+            f"{name} lies on stage {plan.stage}, on the ranks of {homes}, and this one is on "
+            f"pp={self.fabric.coordinate['pp']}; sharded.state_dict(state) gives all on every rank"
+        )
+
+    def _from_all_stages(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What each stage holds, on the ranks of all."""
+        assert self.pipeline is not None, "there are stages"
+        group, found = self.fabric.group(("pp",)), dict[str, Tensor]()
+        for name, plan in self.params.items():
+            if plan.first != name or not (plan.persistent or not plan.buffer):
+                continue
+            home = self.pipeline.homes(name)[0]
+            if self.fabric.coordinate["pp"] == home:
+                found[name] = whole[name].contiguous()
+            else:
+                found[name] = torch.empty(plan.shape, dtype=getattr(torch, plan.dtype), device=self.fabric.device)
+            dist.broadcast(found[name], dist.get_global_rank(group, home), group=group)
+        return found
 
     def check_state(self, state: TrainState) -> None:
         """SS407 for what is no state, or one that another sharding made.
@@ -398,6 +469,18 @@ class Sharded:
 def placements_of_one(mesh: Any) -> tuple[Any, ...]:
     """Replicated on the one dim of the mesh of one rank."""
     return (Replicate(),) * mesh.ndim
+
+
+def check_stages(one: PipelinePlan | None, two: PipelinePlan | None) -> None:
+    """SS331 for a batch, loss or mode with which parameters would lie on other stages."""
+    placed = [[(stage.layers, stage.params) for stage in plan.stages] if plan else [] for plan in (one, two)]
+    if placed[0] != placed[1]:
+        refuse(
+            "SS331",
+            "with this batch the forward reads its parameters on other stages than with the first one",
+            why="a parameter lies where it was first laid",
+            advice=("give ss.shard a batch with which the model runs as in a step",),
+        )
 
 
 def families_of(plan: Plan) -> list[tuple[str, ...]]:

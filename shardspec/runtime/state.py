@@ -1,7 +1,7 @@
 """What a training run is: parameters, buffers, optimizer state, step and randomness; frozen, and donated."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, Self
 
 from attrs import define, field, frozen
@@ -103,6 +103,20 @@ class OptState:
         self.stores.clear()
 
 
+class Here(dict[str, Tensor]):
+    """What lies on this rank, by name; a name that lies on another is a KeyError that says so."""
+
+    def __init__(self, found: Mapping[str, Tensor], elsewhere: Callable[[str], str]) -> None:
+        super().__init__(found)
+        self.elsewhere = elsewhere
+
+    def __missing__(self, name: str) -> Tensor:
+        raise KeyError(self.elsewhere(name) or name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
 @define(eq=False)
 class _Held:
     """The part of a state that a step consumes."""
@@ -161,8 +175,8 @@ class TrainState:
 
     @property
     def params(self) -> dict[str, Tensor]:
-        """FQN -> DTensor."""
-        return dict(self.live().params.view())
+        """FQN -> DTensor; under pp of what lies on this rank's stages."""
+        return Here(self.live().params.view(), self.home.elsewhere)
 
     @property
     def buffers(self) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from shardspec.plan import LossPlan, ParamPlan, Plan
 from shardspec.runtime.attach import Local
 from shardspec.runtime.failure import explain
 from shardspec.runtime.parts import PartsOnly, are_split
+from shardspec.runtime.pipeline import Flight, StagedModel
 from shardspec.runtime.rank_major import state_view
 from shardspec.runtime.sharded import Batch, LossFn, Sharded
 from shardspec.runtime.state import Finite, Metric, OptState, Store, TrainState, copy_tree, next_rng
@@ -45,27 +46,52 @@ def run(sharded: Sharded, plan: Plan, batch: Batch, loss_fn: LossFn, *, rng: int
     sharded.activate(plan)
     sums = Sums()
     sharded.wiring.rng = rng
-    for index, part in enumerate(sharded.microbatches(plan, batch)):
-        sharded.wiring.microbatch = index
-        arguments = {
+    parts = sharded.microbatches(plan, batch)
+    arguments = [
+        {
             name: cast(item, sharded.policy.param_dtype)
             for name, item in part.items()
             if name in sharded.compiler.names.arguments
         }
-        output = sharded.module(**arguments)
+        for part in parts
+    ]
+
+    def begin(index: int) -> None:
+        sharded.wiring.microbatch = index
+
+    def finish(output: Any, index: int) -> Tensor:
         with Local(sharded.wiring, "loss"):
-            loss, weight = loss_fn(output, part)
-        del output  # the logits need not outlive what the loss saved of them
-        if backward:
-            if not (isinstance(loss, Tensor) and loss.requires_grad):
-                refuse(
-                    "SS310",
-                    "the loss's sum has no gradient",
-                    why="a step differentiates it, and it depends on no parameter",
-                    advice=("do not detach the sum, nor make a Python number of it",),
-                )
-            loss.backward()
+            loss, weight = loss_fn(output, parts[index])
+        if backward and not (isinstance(loss, Tensor) and loss.requires_grad):
+            refuse(
+                "SS310",
+                "the loss's sum has no gradient",
+                why="a step differentiates it, and it depends on no parameter",
+                advice=("do not detach the sum, nor make a Python number of it",),
+            )
         sums.add(loss, weight)
+        return loss
+
+    if isinstance(sharded.local, StagedModel) and plan.pipeline is not None:
+        policy = sharded.policy
+        # A half that computes again would do so once for inputs and once for weights; compiled code has no halves.
+        Flight(
+            sharded.local,
+            plan.pipeline,
+            sharded.fabric,
+            arguments,
+            begin,
+            finish,
+            backward,
+            whole_backward=bool(policy.remat or policy.compile),
+            dtype=policy.param_dtype,
+        ).run()
+        return sums
+    for index, named in enumerate(arguments):
+        begin(index)
+        loss = finish(sharded.module(**named), index)
+        if backward:
+            loss.backward()
     return sums
 
 
@@ -86,6 +112,19 @@ def reduce_owed(sharded: Sharded, plan: Plan, grads: Mapping[str, Tensor]) -> No
         coalesced_all_reduce(owing, sharded.fabric.group(axes))
 
 
+def sum_over_homes(sharded: Sharded, grads: Mapping[str, Tensor]) -> None:
+    """Sum the gradients of parameters that lie on several stages, in place: each home then holds the same."""
+    if sharded.pipeline is None:
+        return
+    groups: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = {}
+    for name, grad in grads.items():
+        homes = sharded.pipeline.homes(name)
+        if len(homes) > 1 and grad.numel():
+            groups.setdefault((homes, grad.dtype), []).append(grad)
+    for (homes, _), shared in sorted(groups.items(), key=lambda item: item[0][0]):
+        coalesced_all_reduce(shared, sharded.fabric.homes[homes])
+
+
 def coalesced_all_reduce(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """Sum several tensors over a group in one message, in place."""
     if len(tensors) == 1 and tensors[0].is_contiguous():
@@ -100,7 +139,13 @@ def coalesced_all_reduce(tensors: Sequence[Tensor], group: dist.ProcessGroup) ->
 def sharing_degree(sharded: Sharded, plan: ParamPlan) -> int:
     """On how many ranks each element of a parameter lies."""
     axes = {*plan.layout.sharded, *plan.storage}
-    return sharded.mesh.world // prod(sharded.mesh[axis] for axis in axes)
+    homes = 1 if sharded.pipeline is None else len(sharded.pipeline.homes(plan.first))
+    return homes * (stage_world(sharded) // prod(sharded.mesh[axis] for axis in axes))
+
+
+def stage_world(sharded: Sharded) -> int:
+    """How many ranks run one stage."""
+    return sharded.mesh.world // sharded.mesh["pp"]
 
 
 def squared_norm(sharded: Sharded, params: Mapping[str, ParamPlan], grads: Mapping[str, Tensor]) -> Tensor:
@@ -133,13 +178,14 @@ def reduce_scalars(
 
 
 def _scalar(value: Any, device: torch.device) -> Tensor:
+    """A number of this rank's; 0 where it has none, on the stages that run no loss."""
     if isinstance(value, Tensor):
         return value.detach().to(torch.float64)
-    return torch.tensor(float(value), dtype=torch.float64, device=device)
+    return torch.tensor(float(value or 0.0), dtype=torch.float64, device=device)
 
 
 def _copies(sharded: Sharded, pending: tuple[str, ...]) -> int:
-    return sharded.mesh.world // degree(sharded.mesh, pending)
+    return stage_world(sharded) // degree(sharded.mesh, pending)
 
 
 def clip_factor(norm: Tensor, clip: float | None) -> Tensor:
@@ -177,9 +223,10 @@ def train_step(
             sums = run(sharded, plan, batch, loss_fn, rng=state.rng, backward=True)
             grads = sharded.local.gradients()
             reduce_owed(sharded, plan, grads)
+            sum_over_homes(sharded, grads)
             square = squared_norm(sharded, plan.params, grads)
             total, weight, squared = reduce_scalars(sharded, plan.loss, sums, square)
-        weight = divisor(weight, sums)
+        weight = divisor(weight, plan.loss)
         loss, norm = total / weight, squared.sqrt() / weight
         scale = weight / clip_factor(norm, clip)
         finite = Finite(state.step + 1, (~torch.isfinite(loss + norm)).to(torch.float32))
@@ -232,9 +279,9 @@ def with_optimizer(state: TrainState) -> Any:
     return held
 
 
-def divisor(weight: Tensor, sums: Sums) -> Tensor:
+def divisor(weight: Tensor, loss: LossPlan) -> Tensor:
     """What the loss is divided by: 1 where nothing counts, for all labels may be masked."""
-    return weight + (weight == 0) if isinstance(sums.weight, Tensor) else weight
+    return weight if loss.number else weight + (weight == 0)
 
 
 def metrics_of(state: TrainState, finite: Finite, **values: Tensor) -> Metrics:
@@ -325,8 +372,9 @@ def value_and_grad(sharded: Sharded, loss_fn: LossFn) -> Callable[..., Any]:
             sums = run(sharded, plan, batch, loss_fn, rng=rng, backward=True)
             grads = sharded.local.gradients()
             reduce_owed(sharded, plan, grads)
+            sum_over_homes(sharded, grads)
             total, weight, _ = reduce_scalars(sharded, plan.loss, sums, None)
-        weight = divisor(weight, sums)
+        weight = divisor(weight, plan.loss)
         sharded.local.clear_gradients()
         scaled = {name: state_view(grad / weight.to(grad.dtype), sharded.specs[name]) for name, grad in grads.items()}
         loss = total / weight
@@ -387,7 +435,7 @@ def eval_step(sharded: Sharded, loss_fn: LossFn) -> Callable[[TrainState, Batch]
                 module.training = mode
             sharded.local.reset()
         total, weight, _ = reduce_scalars(sharded, plan.loss, sums, None)
-        weight = divisor(weight, sums)
+        weight = divisor(weight, plan.loss)
         return {"loss": total / weight, "weight": weight}
 
     return evaluate

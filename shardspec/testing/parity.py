@@ -15,6 +15,7 @@ from shardspec.compiler import Compiler
 from shardspec.diagnostics import refuse
 from shardspec.mesh import Mesh
 from shardspec.nests import tensor_leaves
+from shardspec.pipelining import microbatch_count
 from shardspec.placement import digits_index, local_index
 from shardspec.plan import Plan
 from shardspec.policy import Policy
@@ -125,7 +126,7 @@ def assert_parity(
         own = own_model(model, seed, copy.deepcopy)
         batch = {name: wide(item) if isinstance(item, Tensor) else item for name, item in batch.items()}
         if loss_fn is None:
-            if policy.accumulate > 1:
+            if max(policy.accumulate, policy.microbatches or 1) > 1:
                 raise ValueError("accumulate needs a loss_fn: the weights of the outputs are those of a whole batch")
             plan = Compiler(survey(own), rules, policy).plan(mesh, batch)
             with torch.no_grad():
@@ -219,11 +220,15 @@ class Subject:
     def reference(self, plan: Plan, tolerance: float) -> Expected:
         """What the plain program computes; where it draws random numbers, what the mesh of one rank does."""
         if not any(call.layout is not None for call in plan.substitutions):
-            return run_plain(copy.deepcopy(self.model), self.batch, plan, self.loss_fn, self.policy.accumulate)
+            return run_plain(
+                copy.deepcopy(self.model), self.batch, plan, self.loss_fn, microbatch_count(self.policy, Mesh())
+            )
         alone = Mesh()
         quiet = evolve(self, model=copy.deepcopy(self.model).eval())
         plan = Compiler(survey(quiet.model), self.rules, self.policy).plan(alone, self.batch, self.loss_fn)
-        expected = run_plain(copy.deepcopy(quiet.model), self.batch, plan, self.loss_fn, self.policy.accumulate)
+        expected = run_plain(
+            copy.deepcopy(quiet.model), self.batch, plan, self.loss_fn, microbatch_count(self.policy, Mesh())
+        )
         norm = float(torch.stack([grad.norm() for grad in expected.grads.values()]).norm())
         comparison = Comparison(alone, plan, self.rules, self.parameters(), expected, norm, norm / 2, tolerance)
         check(comparison, [quiet.measure(alone, norm / 2)], " in eval mode")
