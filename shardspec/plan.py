@@ -11,7 +11,6 @@ from shardspec.constraints import Constraint
 from shardspec.layout import Layout, canonical
 from shardspec.mesh import Mesh
 from shardspec.moves import Move
-from shardspec.timeline import StageCosts, Timeline, timeline
 
 
 @frozen(kw_only=True)
@@ -258,8 +257,10 @@ class Plan:
         return memory(self, optimizer, stage)
 
     @property
-    def schedule(self) -> Timeline | None:
+    def schedule(self) -> Any:
         """The timeline of a pipeline's step, in the costs of its stages' forwards; None where there is no pipeline."""
+        from shardspec.timeline import StageCosts, timeline
+
         if self.pipeline is None:
             return None
         costs = StageCosts.of_products([stage.cost for stage in self.pipeline.stages])

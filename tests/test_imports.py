@@ -76,6 +76,7 @@ LATE = {
     ("shardspec.plan", "shardspec.artifact"),
     ("shardspec.plan", "shardspec.difference"),
     ("shardspec.plan", "shardspec.page"),
+    ("shardspec.plan", "shardspec.timeline"),
     ("shardspec.plan", "shardspec.memory"),
     ("shardspec.runtime.sharded", "shardspec.runtime.step"),
 }

@@ -3,14 +3,16 @@
 from pathlib import Path
 
 import click
+from attrs import evolve
 from rich.text import Text
 
 from shardspec.cli.emit import STAGES, emit
-from shardspec.cli.options import mesh_option, model_options
+from shardspec.cli.options import mesh_option, model_options, policy_options
 from shardspec.cli.target import load_rules, load_target
 from shardspec.diagnostics import ShardingError
 from shardspec.mesh import Mesh
 from shardspec.plan import Plan
+from shardspec.policy import Policy
 from shardspec.report import as_text, new_table
 from shardspec.summary import mesh_text, size_text, stored, volumes
 
@@ -21,15 +23,25 @@ MESH = "Sizes of the mesh's axes; one rank where it is not given."
 @click.argument("table", metavar="MODULE:RULES")
 @model_options(required=True)
 @mesh_option(MESH)
+@policy_options
 def check(
-    table: str, model: str, mesh: Mesh, batch: int | None, seq: int | None, inputs: str | None, loss: str | None
+    table: str,
+    model: str,
+    mesh: Mesh,
+    batch: int | None,
+    seq: int | None,
+    inputs: str | None,
+    loss: str | None,
+    schedule: str,
+    microbatches: int | None,
 ) -> None:
     """Check a table against a model on a mesh.
 
     MODULE:RULES names the table, as models.llama:RULES. The model is built on meta; no device is touched.
     """
     rules = load_rules(table)
-    plan = load_target(model, batch, seq, inputs, loss).plan(rules, mesh)
+    policy = Policy(schedule=schedule, microbatches=microbatches)
+    plan = evolve(load_target(model, batch, seq, inputs, loss), policy=policy).plan(rules, mesh)
     click.echo(f"{table} passes for {model} on {mesh_text(plan)}")
 
 
@@ -37,6 +49,7 @@ def check(
 @click.argument("table", metavar="MODULE:RULES")
 @model_options(required=True)
 @mesh_option(MESH)
+@policy_options
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON, for `diff` and ss.Plan.from_json.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan as a page with pictures.")
 @click.option("--emit", "stage", type=click.Choice(STAGES), default="plan", help="Print what a stage makes.")
@@ -48,6 +61,8 @@ def plan(
     seq: int | None,
     inputs: str | None,
     loss: str | None,
+    schedule: str,
+    microbatches: int | None,
     as_json: bool,
     html: Path | None,
     stage: str,
@@ -61,7 +76,8 @@ def plan(
     if as_json and asked:
         raise click.UsageError("--json and --emit both print: give one of them")
     rules = load_rules(table)
-    target = load_target(model, batch, seq, inputs, loss)
+    policy = Policy(schedule=schedule, microbatches=microbatches)
+    target = evolve(load_target(model, batch, seq, inputs, loss), policy=policy)
     if stage != "plan":
         text, found = emit(stage, target, rules, mesh)
         click.echo(text)

@@ -93,6 +93,13 @@ def model_options(*, required: bool) -> Callable[[Function], Function]:
     return add
 
 
+def policy_options(function: Function) -> Function:
+    """`--schedule` and `--microbatches`."""
+    schedule = click.option("--schedule", default="1F1B", metavar="NAME", help="Of a pipeline, by torch's name.")
+    count = click.option("--microbatches", type=click.IntRange(min=1), help="Of a step (default: one for each stage).")
+    return schedule(count(function))
+
+
 def mesh_option(text: str) -> Callable[[Function], Function]:
     """`--mesh`."""
     return click.option("--mesh", type=MeshType(), default="", metavar="AXIS=SIZE,...", help=text)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from torch import nn
 
 from shardspec.arguments import check_batch
@@ -17,6 +17,7 @@ from shardspec.compiler import Compiler, uncollected
 from shardspec.diagnostics import ShardingError
 from shardspec.mesh import Mesh
 from shardspec.plan import Plan
+from shardspec.policy import Policy
 from shardspec.rules.table import Rules
 from shardspec.survey import Survey, survey
 
@@ -28,10 +29,11 @@ class Target:
     names: Survey
     inputs: Mapping[str, Any]
     loss: Callable[..., Any] | None
+    policy: Policy = field(factory=Policy)
 
     def compiler(self, rules: Rules) -> Compiler:
         """A compiler for a table."""
-        return Compiler(self.names, rules)
+        return Compiler(self.names, rules, self.policy)
 
     def plan(self, rules: Rules, mesh: Mesh) -> Plan:
         """The plan of a table on a mesh.

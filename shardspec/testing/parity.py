@@ -119,6 +119,13 @@ def assert_parity(
     """
     check_arguments(rules, mesh, batch)
     check_alone()
+    if mesh["pp"] > 1:
+        refuse(
+            "SS214",
+            f"assert_parity on pp={mesh['pp']}",
+            why="its ranks are threads of this process, and threads have no send and receive",
+            advice=("compare on the mesh without pp, and train a few steps on both under torchrun",),
+        )
     check_batch(batch)
     check_values(batch)
     policy = evolve(policy or Policy(), param_dtype=None, reduce_dtype=None, compile=False)

@@ -17,6 +17,8 @@ import shardspec as ss
 from models import gpt2, vit
 from models.llama.model import LlamaConfig
 from shardspec.runtime import pipeline
+from shardspec.schedule import SCHEDULES, orders, stages_per_rank
+from shardspec.torch_private import schedule_actions
 from tests.distributed import parity
 from tests.distributed.harness import CollectiveLog, RankError, run_ranks
 from tests.distributed.parity import CLIP, OPTIMIZER, SIZES, STEPS, TOLERANCE, loss_fn, make_batch
@@ -215,10 +217,23 @@ def step_on(sharded: Any, batch: dict[str, Tensor]) -> None:
     ss.train_step(sharded, loss_fn)(state, sharded.local_batch(batch))
 
 
+def test_what_runs_is_what_the_timeline_is_drawn_from():
+    for schedule, virtual in ((name, stages_per_rank(name)) for name in SCHEDULES):
+        drawn, run = orders(schedule, 4, 8, virtual), schedule_actions(schedule, 4, virtual, 8)
+        for one, two in zip(drawn, run, strict=True):
+            computed = [(action.kind, action.stage, action.microbatch) for action in one if len(action.kind) == 1]
+            assert computed == [action for action in two if len(action[0]) == 1]
+            sent = {(action.kind, action.stage, action.microbatch) for action in one if "SEND" in action.kind}
+            ends = {("SEND_B", 0), ("SEND_F", 4 * virtual - 1)}  # of these torch's own step makes nothing
+            assert {call for call in sent if call[:2] not in ends} == {call for call in two if "SEND" in call[0]}
+
+
 WRONG = {
     "16 rows cannot be cut into 3 microbatches": lambda: Case("pp=2", microbatches=3).shard(),
-    "microbatches=1 is none that 1F1B can run on pp=2": lambda: Case("pp=2", microbatches=1).shard(),
-    "microbatches=2 is none that DualPipeV can run on pp=2": lambda: Case("pp=2", "DualPipeV", microbatches=2).shard(),
+    "1F1B cannot run 1 microbatches through 2 stages on pp=2": lambda: Case("pp=2", microbatches=1).shard(),
+    "DualPipeV cannot run 2 microbatches through 4 stages on pp=2": lambda: Case(
+        "pp=2", "DualPipeV", microbatches=2
+    ).shard(),
     "2 layers do not fill 4 stages": lambda: Case("pp=2", "ZBVZeroBubble", layers=2).shard(),
     "schedule='1f1b'": lambda: Case("pp=2", "1f1b").shard(),
     "10 rows cannot be cut into 4 microbatches": lambda: step_on(
