@@ -295,9 +295,9 @@ def a_batch_that_every_data_rank_reads():
     )
 
 
-@wrong("SS214", "does not run pipelines")
-def a_pipeline():
-    return Case(mesh="pp=2,tp=2")
+@wrong("SS217", "4 layers do not fill 8 stages")
+def more_stages_than_layers():
+    return Case(mesh="pp=8,tp=2")
 
 
 @wrong("SS212", "are one tensor and have two layouts")
