@@ -320,3 +320,18 @@ def test_a_checkpoint_moves_between_a_pipeline_and_none(tmp_path):
             assert max(float((moved[name] - whole[name]).abs().max()) for name in whole) < TOLERANCE
 
     run_ranks(4, run)
+
+
+def test_given_weights_and_a_step_of_ones_own_pieces_are_those_of_the_ready_made_step():
+    def run(rank: int, world: int) -> float:
+        sharded = Case("pp=2", tied=True).shard()
+        state = sharded.init(ss.adamw(**OPTIMIZER), seed=3)
+        given = sharded.load(sharded.state_dict(state), ss.adamw(**OPTIMIZER))
+        assert all(torch.equal(ss.full(given.params[name]), ss.full(t)) for name, t in state.params.items())
+        batch = sharded.local_batch(make_batch(0))
+        _, grads = sharded.value_and_grad(loss_fn)(given.params, batch, given.rng)
+        given = ss.update(given, grads, clip=CLIP)
+        state, _ = ss.train_step(sharded, loss_fn, clip=CLIP)(state, batch)
+        return max(float((ss.full(given.params[name]) - ss.full(t)).abs().max()) for name, t in state.params.items())
+
+    assert max(run_ranks(2, run)) < TOLERANCE
