@@ -323,7 +323,9 @@ def updated(
     else:
         trained = {name: params[name] for name in grads}
         divided = {name: grad / scale.to(grad.dtype) for name, grad in grads.items()}
-        parts = are_split((trained[name], torch.Size(state.home.params[name].shape)) for name in trained)
+        # A stage's parameters are a part of all, of which a norm over a list would be taken.
+        parts = state.home.pipeline is not None
+        parts = parts or are_split((trained[name], torch.Size(state.home.params[name].shape)) for name in trained)
         with PartsOnly() if parts else nullcontext():
             fresh, fresh_raw = optimizer.update(divided, raw, trained, state.step + 1)
         params = {**params, **{name: torch.where(found_inf > 0, params[name], fresh[name]) for name in fresh}}
