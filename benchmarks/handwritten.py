@@ -74,7 +74,9 @@ class Trainer:
         Every rank gives the same weights. The model is changed in place.
         """
         if has(mesh, "tp"):
-            parallelize_module(model, mesh["tp"], tp_plan(model, options))
+            held = dict(model.named_modules())
+            plan = {name: style for name, style in tp_plan(model, options).items() if name in held}
+            parallelize_module(model, mesh["tp"], plan)
             if mesh.ndim > 1:
                 mesh._flatten()  # so that DTensor's norm is one all-reduce, not one an axis
         if has(mesh, "fsdp"):

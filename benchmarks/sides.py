@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import shardspec as ss
 from benchmarks.handwritten import Batch, Form, Options, Trainer
+from benchmarks.pipeline_by_hand import PipelineTrainer
 from models.llama import RULES, WITHOUT_SP, LlamaConfig, build
 
 
@@ -28,6 +29,8 @@ class Case:
     @property
     def by_hand(self) -> dict[Form, str]:
         """The hand-written forms to compare with, and what to call them."""
+        if "pp" in self.sizes:
+            return {"tuned": "PipelineStage"}
         return {"styles": "styles", "tuned": "tuned"} if self.sizes else {"tuned": "plain loop"}
 
 
@@ -37,7 +40,11 @@ CASES = (
     Case(name="tp=2 SP", sizes={"tp": 2}),
     Case(name="fsdp=2", sizes={"fsdp": 2}),
     Case(name="fsdp=2,tp=2 SP", sizes={"fsdp": 2, "tp": 2}),
+    Case(name="pp=2", sizes={"pp": 2}),
+    Case(name="pp=2,tp=2 SP", sizes={"pp": 2, "tp": 2}),
 )
+MICROBATCHES = 4
+"""Of a pipeline's step, by 1F1B."""
 
 
 @attrs.define
@@ -47,6 +54,7 @@ class Sharded:
     config: LlamaConfig
     case: Case
     batch: Batch
+    sharded: ss.Sharded = attrs.field(init=False)
     state: ss.TrainState = attrs.field(init=False)
     train: Callable = attrs.field(init=False)
     part: Batch = attrs.field(init=False)
@@ -54,7 +62,9 @@ class Sharded:
     def __attrs_post_init__(self) -> None:
         options = Options()
         rules = RULES if self.case.sp else WITHOUT_SP
-        sharded = ss.shard(lambda: build(self.config), rules, ss.Mesh(**self.case.sizes), self.batch)
+        policy = ss.Policy(schedule="1F1B", microbatches=MICROBATCHES) if "pp" in self.case.sizes else ss.Policy()
+        mesh = ss.Mesh(**self.case.sizes)
+        self.sharded = sharded = ss.shard(lambda: build(self.config), rules, mesh, self.batch, policy=policy)
         optimizer = ss.adamw(lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)
         self.state = sharded.init(optimizer, seed=0)
         self.train = ss.train_step(sharded, loss_fn, clip=options.clip)
@@ -66,7 +76,7 @@ class Sharded:
 
     def whole(self) -> dict[str, Tensor]:
         """Return a copy of the parameters, whole, on every rank."""
-        return {name: ss.full(parameter).clone() for name, parameter in self.state.params.items()}
+        return {name: tensor.clone() for name, tensor in self.sharded.state_dict(self.state).items()}
 
 
 def loss_fn(output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -83,7 +93,7 @@ class ByHand:
     batch: Batch
     form: Form
     weights: dict[str, Tensor]
-    trainer: Trainer = attrs.field(init=False)
+    trainer: Trainer | PipelineTrainer = attrs.field(init=False)
     part: Batch = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -91,7 +101,11 @@ class ByHand:
         model.load_state_dict(self.weights, strict=True)
         sizes = self.case.sizes
         mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes)) if sizes else None
-        self.trainer = Trainer.make(model, mesh, Options(sp=self.case.sp, form=self.form))
+        options = Options(sp=self.case.sp, form=self.form)
+        if "pp" in sizes:
+            self.trainer = PipelineTrainer.make(model, mesh, options, MICROBATCHES)
+        else:
+            self.trainer = Trainer.make(model, mesh, options)
         self.part = self.trainer.local_batch(self.batch)
         self.weights = {}
 

@@ -5,6 +5,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.handwritten import IGNORED, Batch, Options, Trainer
+from benchmarks.pipeline_by_hand import PipelineTrainer
 from models.llama import LlamaConfig, build
 from tests.distributed.harness import CollectiveLog, run_ranks
 
@@ -35,6 +36,24 @@ def test_two_steps_on_a_mesh_equal_two_plain_ones(sizes: dict[str, int], sp: boo
     expected = plain_loop()
     for result in run_ranks(world, train_on_mesh):
         torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [{"pp": 2}, {"pp": 2, "tp": 2}])
+def test_two_steps_of_a_pipeline_equal_two_plain_ones(sizes: dict[str, int]):
+    def train_stage(rank: int, world: int):
+        torch.set_default_dtype(torch.float64)
+        mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        trainer = PipelineTrainer.make(model(), mesh, Options(clip=CLIP), microbatches=2)
+        metrics = [trainer.step(batch) for batch in batches()]
+        return metrics[-1], trainer.full_parameters()
+
+    expected, world = plain_loop(), torch.tensor(list(sizes.values())).prod().item()
+    held = {}
+    for metrics, parameters in run_ranks(world, train_stage):
+        held |= parameters
+        for name in ("loss", "grad_norm"):
+            torch.testing.assert_close(metrics[name], expected["metrics"][name], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(held, expected["parameters"], rtol=1e-10, atol=1e-12)
 
 
 def test_the_trainer_of_one_rank_is_the_plain_loop():
