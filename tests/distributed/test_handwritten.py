@@ -41,7 +41,6 @@ def test_two_steps_on_a_mesh_equal_two_plain_ones(sizes: dict[str, int], sp: boo
 @pytest.mark.parametrize("sizes", [{"pp": 2}, {"pp": 2, "tp": 2}])
 def test_two_steps_of_a_pipeline_equal_two_plain_ones(sizes: dict[str, int]):
     def train_stage(rank: int, world: int):
-        torch.set_default_dtype(torch.float64)
         mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         trainer = PipelineTrainer.make(model(), mesh, Options(clip=CLIP), microbatches=2)
         metrics = [trainer.step(batch) for batch in batches()]
