@@ -1,6 +1,7 @@
 """The command line: what a user types, asks for and mistypes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -293,11 +294,13 @@ def test_a_reader_that_leaves_early_sees_no_traceback():
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_is_told_in_a_line():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_is_told_in_a_line(unbuffered):
     script = "from shardspec.cli import main; main(['explain'])"
     with Path("/dev/full").open("w") as full:
         streams = {"stdout": full, "stderr": subprocess.PIPE, "text": True}
-        done = subprocess.run([sys.executable, "-c", script], **streams, check=False, cwd=ROOT)
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run([sys.executable, "-c", script], **streams, check=False, cwd=ROOT, env=environment)
     assert done.returncode == 1
     assert done.stderr == "Error: the answer cannot be written: No space left on device\n"
 

@@ -3,6 +3,7 @@
 Results go to stdout, diagnostics to stderr. Status 0; 1 for a table that is refused; 2 for a line that cannot be run.
 """
 
+import contextlib
 import difflib
 import errno
 import importlib
@@ -55,14 +56,24 @@ class Late(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            answer = super().invoke(ctx)
+            sys.stdout.flush()
         except ShardingError as error:
             click.echo(paint(str(error).strip()), err=True)
             ctx.exit(1)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise  # a reader that left: click ends in silence
+            forget_output()
             raise click.ClickException(f"the answer cannot be written: {error.strerror}") from None
+        else:
+            return answer
+
+
+def forget_output() -> None:
+    """Let what could not be written not be tried again when Python ends."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @click.group(name="shardspec", cls=Late, context_settings={"help_option_names": ["-h", "--help"]})
