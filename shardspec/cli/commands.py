@@ -1,13 +1,14 @@
 """`shardspec check`, `plan` and `legal`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 from attrs import evolve
 from rich.text import Text
 
 from shardspec.cli.emit import STAGES, emit
-from shardspec.cli.options import mesh_option, model_options, policy_options
+from shardspec.cli.options import Asked, mesh_option, model_options, policy_options
 from shardspec.cli.target import load_rules, load_target
 from shardspec.diagnostics import ShardingError
 from shardspec.mesh import Mesh
@@ -24,25 +25,15 @@ MESH = "Sizes of the mesh's axes; one rank where it is not given."
 @model_options(required=True)
 @mesh_option(MESH)
 @policy_options
-def check(
-    table: str,
-    model: str,
-    mesh: Mesh,
-    batch: int | None,
-    seq: int | None,
-    inputs: str | None,
-    loss: str | None,
-    schedule: str,
-    microbatches: int | None,
-) -> None:
+def check(table: str, asked: Asked, mesh: Mesh, policy: dict[str, Any]) -> None:
     """Check a table against a model on a mesh.
 
     MODULE:RULES names the table, as models.llama:RULES. The model is built on meta; no device is touched.
     """
     rules = load_rules(table)
-    policy = Policy(schedule=schedule, microbatches=microbatches)
-    plan = evolve(load_target(model, batch, seq, inputs, loss), policy=policy).plan(rules, mesh)
-    click.echo(f"{table} passes for {model} on {mesh_text(plan)}")
+    chosen = Policy(**policy)
+    plan = evolve(load_target(asked), policy=chosen).plan(rules, mesh)
+    click.echo(f"{table} passes for {asked.model} on {mesh_text(plan)}")
 
 
 @click.command()
@@ -54,30 +45,19 @@ def check(
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan as a page with pictures.")
 @click.option("--emit", "stage", type=click.Choice(STAGES), default="plan", help="Print what a stage makes.")
 def plan(
-    table: str,
-    model: str,
-    mesh: Mesh,
-    batch: int | None,
-    seq: int | None,
-    inputs: str | None,
-    loss: str | None,
-    schedule: str,
-    microbatches: int | None,
-    as_json: bool,
-    html: Path | None,
-    stage: str,
+    table: str, asked: Asked, mesh: Mesh, policy: dict[str, Any], as_json: bool, html: Path | None, stage: str
 ) -> None:
     """Show what lies where and every collective of a step.
 
     MODULE:RULES names the table, as models.llama:RULES. With --html nothing is printed but what --json or --emit asks
     for.
     """
-    asked = click.get_current_context().get_parameter_source("stage") is not click.core.ParameterSource.DEFAULT
-    if as_json and asked:
+    emitted = click.get_current_context().get_parameter_source("stage") is not click.core.ParameterSource.DEFAULT
+    if as_json and emitted:
         raise click.UsageError("--json and --emit both print: give one of them")
     rules = load_rules(table)
-    policy = Policy(schedule=schedule, microbatches=microbatches)
-    target = evolve(load_target(model, batch, seq, inputs, loss), policy=policy)
+    chosen = Policy(**policy)
+    target = evolve(load_target(asked), policy=chosen)
     if stage != "plan":
         text, found = emit(stage, target, rules, mesh)
         click.echo(text)
@@ -90,7 +70,7 @@ def plan(
             _write(html, made.to_html())
         if as_json:
             click.echo(made.to_json())
-        elif stage == "plan" and (asked or not html):
+        elif stage == "plan" and (emitted or not html):
             click.echo(str(made))
 
 
@@ -99,29 +79,20 @@ def plan(
 @click.option("--world", type=click.IntRange(min=1), required=True, help="How many ranks a mesh has.")
 @model_options(required=True)
 @mesh_option("A mesh of any size to set beside them.")
-def legal(
-    table: str,
-    world: int,
-    model: str,
-    mesh: Mesh,
-    batch: int | None,
-    seq: int | None,
-    inputs: str | None,
-    loss: str | None,
-) -> None:
+def legal(table: str, world: int, asked: Asked, mesh: Mesh) -> None:
     """List the meshes of --world ranks that pass the check, and what each costs.
 
     MODULE:RULES names the table, as models.llama:RULES.
     """
     rules = load_rules(table)
-    target = load_target(model, batch, seq, inputs, loss)
+    target = load_target(asked)
     compiler = target.compiler(rules)
     given = [compiler.plan(mesh, target.inputs, target.loss)] if mesh.world > 1 else []
     plans = list(compiler.legal_plans(world, target.inputs, target.loss))
     if not plans:
         compiler.plan(Mesh(), target.inputs, target.loss)  # raises where the table is refused on one rank too
     count = f"{len(plans)} mesh{'es' * (len(plans) != 1)}"
-    click.echo(f"{count} of {world:,} rank{'s' * (world > 1)} pass{'es' * (len(plans) == 1)} for {model}")
+    click.echo(f"{count} of {world:,} rank{'s' * (world > 1)} pass{'es' * (len(plans) == 1)} for {asked.model}")
     if plans or given:
         click.echo(_costs(plans, given))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from shardspec.cli.options import MeshType, mesh_option, model_options
+from shardspec.cli.options import Asked, MeshType, mesh_option, model_options
 from shardspec.mesh import Mesh
 from shardspec.plan import Plan
 
@@ -15,16 +15,7 @@ from shardspec.plan import Plan
 @click.argument("after", metavar="B")
 @model_options(required=False)
 @mesh_option("The mesh of a table that names none.")
-def diff(
-    before: str,
-    after: str,
-    model: str | None,
-    mesh: Mesh,
-    batch: int | None,
-    seq: int | None,
-    inputs: str | None,
-    loss: str | None,
-) -> None:
+def diff(before: str, after: str, asked: Asked | None, mesh: Mesh) -> None:
     """Show what moves from plan A to plan B, and what it costs.
 
     Each is a file that `plan --json` wrote, a table as MODULE:RULES, or a table on a mesh of its own as
@@ -34,12 +25,12 @@ def diff(
     plans = {side: _read(Path(side)) for side in sides if is_file(side)}
     tables = [side for side in dict.fromkeys(sides) if side not in plans]
     if tables:
-        if model is None:
+        if asked is None:
             raise click.UsageError(f"{tables[0]} is a table, or no file: a table needs --model")
         late = importlib.import_module("shardspec.cli.target")
         parts = [(side, *_table_and_mesh(side, mesh)) for side in tables]
         rules = {side: late.load_rules(reference) for side, reference, _ in parts}
-        target = late.load_target(model, batch, seq, inputs, loss)
+        target = late.load_target(asked)
         plans |= {side: target.plan(rules[side], place) for side, _, place in parts}
     text = plans[before].diff(plans[after])
     if text:

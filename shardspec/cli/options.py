@@ -1,18 +1,18 @@
 """What the commands share: the colour of messages, and the options that name a table, a model, a mesh and a batch."""
 
 import difflib
+import functools
 import os
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import click
+from attrs import frozen
 
 from shardspec.diagnostics import ShardingError
 from shardspec.mesh import AXES, Mesh
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 STYLES: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"error\[SS\d{3}\]", {"fg": "red", "bold": True}),
@@ -74,8 +74,19 @@ def _meant(text: str) -> str:
     return f"did you mean {near[0]}?" if near else ""
 
 
-def model_options(*, required: bool) -> Callable[[Function], Function]:
-    """The options that say what is compiled for which batch."""
+@frozen
+class Asked:
+    """What is compiled for which batch, in the words of a command line."""
+
+    model: str
+    batch: int | None
+    seq: int | None
+    inputs: str | None
+    loss: str | None
+
+
+def model_options(*, required: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The options that say what is compiled for which batch: a command gets them as `asked`, None without a model."""
     options = (
         click.option("--model", required=required, metavar="MODULE:NAME", help="A preset, a module or its builder."),
         click.option("--batch", type=click.IntRange(min=1), help="Rows of the global batch."),
@@ -85,21 +96,32 @@ def model_options(*, required: bool) -> Callable[[Function], Function]:
         color_option,
     )
 
-    def add(function: Function) -> Function:
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(
+            *, model: str | None, batch: int | None, seq: int | None, inputs: str | None, loss: str | None, **rest: Any
+        ) -> Any:
+            return function(asked=None if model is None else Asked(model, batch, seq, inputs, loss), **rest)
+
         for option in reversed(options):
-            function = option(function)
-        return function
+            run = option(run)
+        return run
 
     return add
 
 
-def policy_options(function: Function) -> Function:
-    """`--schedule` and `--microbatches`."""
+def policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--schedule` and `--microbatches`: a command gets them as `policy`, arguments of `ss.Policy`."""
+
+    @functools.wraps(function)
+    def run(*, schedule: str, microbatches: int | None, **rest: Any) -> Any:
+        return function(policy={"schedule": schedule, "microbatches": microbatches}, **rest)
+
     schedule = click.option("--schedule", default="1F1B", metavar="NAME", help="Of a pipeline, by torch's name.")
     count = click.option("--microbatches", type=click.IntRange(min=1), help="Of a step (default: one for each stage).")
-    return schedule(count(function))
+    return schedule(count(run))
 
 
-def mesh_option(text: str) -> Callable[[Function], Function]:
+def mesh_option(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`--mesh`."""
     return click.option("--mesh", type=MeshType(), default="", metavar="AXIS=SIZE,...", help=text)

@@ -13,6 +13,7 @@ from torch import nn
 
 from shardspec.arguments import check_batch
 from shardspec.cli.load import blame, load, load_model
+from shardspec.cli.options import Asked
 from shardspec.compiler import Compiler, uncollected
 from shardspec.diagnostics import ShardingError
 from shardspec.mesh import Mesh
@@ -56,21 +57,21 @@ def load_rules(reference: str) -> Rules:
     return rules
 
 
-def load_target(model: str, batch: int | None, seq: int | None, inputs: str | None, loss: str | None) -> Target:
+def load_target(asked: Asked) -> Target:
     """Build the model on meta, and its batch.
 
     Raises:
         click.UsageError: for what is no model or batch, and where the user's own code raises.
     """
-    module, build = load_model(model)
-    loss_fn = load(loss, "--loss") if loss else None
+    module, build = load_model(asked.model)
+    loss_fn = load(asked.loss, "--loss") if asked.loss else None
     if loss_fn is not None and not callable(loss_fn):
-        raise click.UsageError(f"--loss {loss} is a {type(loss_fn).__name__}, not a function")
-    function, name = _inputs_of(module, inputs)
-    built = build if isinstance(build, nn.Module) else _call(build, f"--model {model}")
+        raise click.UsageError(f"--loss {asked.loss} is a {type(loss_fn).__name__}, not a function")
+    function, name = _inputs_of(module, asked.inputs)
+    built = build if isinstance(build, nn.Module) else _call(build, f"--model {asked.model}")
     if not isinstance(built, nn.Module):
-        raise click.UsageError(f"--model {model} builds a {type(built).__name__}, not a torch.nn.Module")
-    given = {"model": built, "batch": batch, "seq": seq}
+        raise click.UsageError(f"--model {asked.model} builds a {type(built).__name__}, not a torch.nn.Module")
+    given = {"model": built, "batch": asked.batch, "seq": asked.seq}
     made = _call(partial(function, **_arguments(function, name, given)), name)
     try:
         check_batch(made)
