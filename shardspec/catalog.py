@@ -65,7 +65,8 @@ Let one axis take the rest, or start as many processes as the mesh has ranks."""
         explanation="""\
 A pattern is a Python regex, matched whole against a name. A spec is one string a tensor: a factor for
 each dim, outermost first; `( )` makes one dim of several factors; `@axis` or `@(axis, axis)` stands
-behind what it splits; `+axis` at the end marks a value that is still to be summed.
+behind what it splits; `+axis` at the end marks a value that is still to be summed. params=, activations=,
+attributes= and sizes= are dicts, units= is a list of patterns and tuples of patterns.
 The axes are pp, dp, fsdp, ep, cp and tp. `ss.P("tp", None)` says the same without names; a bare tuple
 or None is no spec. The message gives the column and what was expected there.""",
         wrong='r"output\\.weight": ("tp", None)',

@@ -1,5 +1,6 @@
 """The mesh of devices, as sizes of the six logical axes; no device is touched here."""
 
+import difflib
 import itertools
 import os
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,27 @@ BATCH_AXES: tuple[str, ...] = ("dp", "fsdp", "ep")
 """The axes whose ranks read different rows of the batch."""
 
 MESH_RULES = "the axes are " + ", ".join(AXES)
+
+
+FOREIGN = {
+    "data": "dp",
+    "ddp": "dp",
+    "zero": "fsdp",
+    "expert": "ep",
+    "context": "cp",
+    "sequence": "cp",
+    "model": "tp",
+    "tensor": "tp",
+    "pipe": "pp",
+    "stage": "pp",
+}
+"""What other libraries call the axes."""
+
+
+def meant(word: str) -> tuple[str, ...]:
+    """The axis that a word was meant for, as advice."""
+    near = [FOREIGN[word]] if word in FOREIGN else difflib.get_close_matches(word.lower(), AXES, n=1)
+    return (f"did you mean {near[0]}?",) if near else ()
 
 
 def _check_size(axis: str, size: object) -> int:
@@ -100,7 +122,7 @@ class Mesh:
         for part in filter(None, (piece.strip() for piece in text.split(","))):
             axis, equals, size = (piece.strip() for piece in part.partition("="))
             if axis not in AXES or not equals:
-                refuse("SS101", f"mesh {text!r}: {part!r} is not axis=size", why=MESH_RULES)
+                refuse("SS101", f"mesh {text!r}: {part!r} is not axis=size", why=MESH_RULES, advice=meant(axis))
             if axis in asked:
                 refuse("SS101", f"mesh {text!r}: {axis} is given twice")
             if size != "auto" and not size.isdecimal():

@@ -1,5 +1,6 @@
 """What a user gets wrong is refused by name before anything runs, and nothing of theirs is touched."""
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -109,6 +110,31 @@ def test_a_wrong_table_is_refused_and_the_model_stays_as_it_was(changes: dict[st
     assert before == {name: (id(t), t._version) for name, t in given.state_dict(keep_vars=True).items()}
     assert attributes == [sorted(child.__dict__) for child in given.modules()]
     assert not any(child._forward_hooks or child._forward_pre_hooks for child in given.modules())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"params": [(r"norm\.weight", "D")]}, "params is"),
+        ({"params": {1: "D"}}, "a key is 1"),
+        ({"attributes": {r"layers\.\d+": "H@tp"}}, "attribute -> spec"),
+        ({"attributes": ["n_heads"]}, "attributes is"),
+        ({"sizes": 3}, "sizes is 3"),
+        ({"pipeline": 4}, "pipeline is 4"),
+        ({"experts": [r"layers\.\d+"]}, "experts is"),
+        ({"units": [3]}, "units is [3]"),
+    ],
+)
+def test_an_argument_of_a_table_that_is_of_another_kind_is_refused_where_the_table_is_written(
+    changes: dict[str, Any], words: str
+):
+    for make in (RULES.override, functools.partial(ss.Rules, params={r"norm\.weight": "D"})):
+        with pytest.raises(ss.ShardingError) as raised:
+            make(**changes)
+        (found,) = raised.value.diagnostics
+        assert found.code == "SS103"
+        assert words in str(raised.value)
+        assert found.locations[0].file.endswith("test_bad_input.py")
 
 
 def test_a_mesh_of_several_ranks_asks_for_a_launcher_after_the_table_was_checked():

@@ -1,6 +1,5 @@
 """What the commands share: the colour of messages, and the options that name a table, a model, a mesh and a batch."""
 
-import difflib
 import functools
 import os
 import re
@@ -12,7 +11,7 @@ import click
 from attrs import frozen
 
 from shardspec.diagnostics import ShardingError
-from shardspec.mesh import AXES, Mesh
+from shardspec.mesh import Mesh
 
 STYLES: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"error\[SS\d{3}\]", {"fg": "red", "bold": True}),
@@ -64,14 +63,7 @@ class MeshType(click.ParamType[Mesh]):
             return Mesh.parse(value)
         except ShardingError as error:
             first = error.diagnostics[0]
-            self.fail("; ".join(filter(None, (first.what, first.why, *first.advice, _meant(value)))), param, ctx)
-
-
-def _meant(text: str) -> str:
-    """The axis that a word was meant for."""
-    words = [word for word in re.findall(r"[A-Za-z_]\w*", text) if word not in (*AXES, "auto")]
-    near = difflib.get_close_matches(words[0].lower(), AXES, n=1) if words else []
-    return f"did you mean {near[0]}?" if near else ""
+            self.fail("; ".join(filter(None, (first.what, first.why, *first.advice))), param, ctx)
 
 
 @frozen

@@ -5,10 +5,11 @@ import difflib
 import functools
 import linecache
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from attrs import field, frozen
 
-from shardspec.diagnostics import Diagnostic, Location, ShardingError, calling_frame, shorten
+from shardspec.diagnostics import Diagnostic, Location, ShardingError, calling_frame, calling_line, refuse, shorten
 from shardspec.spec import P
 
 Unit = str | tuple[str, ...]
@@ -98,6 +99,15 @@ class Rules:
         attributes: Mapping[str, Mapping[str, str]] | None = None,
         sizes: Mapping[str, int] | None = None,
     ) -> None:
+        check_kinds(
+            params=params,
+            activations=activations,
+            units=units,
+            pipeline=pipeline,
+            experts=experts,
+            attributes=attributes,
+            sizes=sizes,
+        )
         origin = caller()
         self.__attrs_init__(  # pyright: ignore[reportAttributeAccessIssue]
             params=_entries("params", params, origin),
@@ -147,6 +157,15 @@ class Rules:
         Raises:
             ShardingError: SS201 for a pattern in `drop` that the table does not have.
         """
+        check_kinds(
+            params=params or {},
+            activations=activations,
+            units=units,
+            pipeline=pipeline,
+            experts=experts,
+            attributes=attributes,
+            sizes=sizes,
+        )
         origin = caller()
         drop = (drop,) if isinstance(drop, str) else tuple(drop)
         missing = [pattern for pattern in drop if all(rule.pattern != pattern for rule in self.rules)]
@@ -168,6 +187,39 @@ class Rules:
             origins=(*self.origins, origin),
         )
         return new
+
+
+def check_kinds(*, params: Any, units: Any, **rest: Any) -> None:
+    """SS103 for an argument of a table that is of another kind: what would fail later, far from the table."""
+    mappings = {"params": params} | {name: rest[name] for name in ("activations", "attributes", "sizes")}
+    for name, value in mappings.items():
+        if value is None and name != "params":
+            continue
+        if not isinstance(value, Mapping):
+            _wrong_kind(
+                name, value, "a dict, with patterns as its keys" if name != "sizes" else "a dict: factor -> size"
+            )
+        for key, said in value.items():
+            if not isinstance(key, str):
+                _wrong_kind(f"{name}: a key", key, "a string")
+            if name == "attributes" and not isinstance(said, Mapping):
+                _wrong_kind(
+                    f'attributes: r"{key}"', said, 'a dict: attribute -> spec of one dim, as {"n_heads": "H@tp"}'
+                )
+    for name in ("pipeline", "experts"):
+        if not isinstance(rest[name], str | None):
+            _wrong_kind(name, rest[name], "one pattern: a string")
+    listed = () if units is None or isinstance(units, str) else units
+    if not isinstance(listed, Sequence) or not all(_is_unit(unit) for unit in listed):
+        _wrong_kind("units", units, "a list of patterns, and of tuples of patterns")
+
+
+def _is_unit(unit: Any) -> bool:
+    return isinstance(unit, str) or (isinstance(unit, tuple | list) and all(isinstance(part, str) for part in unit))
+
+
+def _wrong_kind(name: str, value: Any, wanted: str) -> None:
+    refuse("SS103", f"{name} is {value!r}", why=f"it is {wanted}", locations=(calling_line(),))
 
 
 def _absent(pattern: str, rules: Rules, origin: Origin) -> Diagnostic:
