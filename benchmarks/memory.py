@@ -49,6 +49,7 @@ class Case:
     remat: bool = False
     accumulate: int = 1
     bf16: bool = False
+    prefetch: int | None = None
 
     @property
     def policy(self) -> ss.Policy:
@@ -57,6 +58,7 @@ class Case:
             accumulate=self.accumulate,
             param_dtype=torch.bfloat16 if self.bf16 else None,
             reduce_dtype=torch.float32 if self.bf16 else None,
+            prefetch=self.prefetch,
         )
 
     def __str__(self) -> str:
@@ -71,6 +73,7 @@ class Case:
             "remat": self.remat,
             f"accumulate {self.accumulate}": self.accumulate > 1,
             "bf16": self.bf16,
+            f"prefetch {self.prefetch}": self.prefetch is not None,
         }
         return [word for word, holds in named.items() if holds]
 
@@ -86,6 +89,7 @@ CASES = (
     Case(mesh="fsdp=2", remat=True),
     Case(mesh="fsdp=2,tp=2", accumulate=2),
     Case(mesh="fsdp=2", bf16=True),
+    Case(mesh="fsdp=2", prefetch=2),
     Case(model="97M", rows=2),
     Case(model="97M", mesh="dp=2", rows=2),
     Case(model="97M", mesh="fsdp=2", rows=2, remat=True),

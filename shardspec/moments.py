@@ -1,6 +1,6 @@
 """The bytes of one graph, node by node: forward, with what is gathered for it, and then backward."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,8 @@ class Setting:
     dtype_of: Callable[[torch.dtype], torch.dtype]
     stored: Callable[[str], bool]
     """Whether FSDP2 gathers a parameter: its gradient counts with its unit."""
+    prefetch: int | None
+    """How many units ahead are gathered; None is FSDP2's own way."""
 
 
 @define(eq=False)
@@ -83,10 +85,15 @@ class Spans:
             spans.last.setdefault(positions[-1], []).append(unit)
         return spans
 
-    def before(self, unit: str) -> str | None:
-        """The unit that ran before another."""
+    def before(self, unit: str, count: int) -> list[str]:
+        """The units that ran before another, the nearest first."""
         at = self.order.index(unit)
-        return self.order[at - 1] if at else None
+        return self.order[max(0, at - count) : at][::-1]
+
+    def behind(self, unit: str, count: int) -> list[str]:
+        """The units that run behind another, the nearest first; the root is nobody's neighbour."""
+        at = self.order.index(unit)
+        return self.order[at + 1 : at + 1 + count] if unit else []
 
 
 @define(eq=False)
@@ -137,6 +144,8 @@ class Timeline:
     now: Amount = NOTHING
     noted: Noted = field(factory=Noted)
     gathered: set[str] = field(factory=set)
+    ready: set[str] = field(factory=set)
+    """The units whose all-gather has begun, and whose parameters are not copied out yet."""
     message: Amount = NOTHING
     """The flat result of the last all-gather, or the flat input of the last reduce-scatter."""
 
@@ -199,7 +208,7 @@ class Timeline:
         for position, (node, record) in enumerate(zip(nodes, self.records, strict=True)):
             quiet = self._is_inside(position)
             for unit in spans.first.get(position, ()):
-                self._gather(unit, quiet=quiet)
+                self._gather(spans, unit, quiet=quiet)
             self._note(record.forward, quiet=quiet)
             new = [self.size[i] for i in node.outputs if i is not None and i in self.size]
             self.now = plus(self.now, record.kept, *new)
@@ -235,14 +244,23 @@ class Timeline:
         if not quiet:
             self.noted.note(self.now, beyond)
 
-    def _gather(self, unit: str, *, quiet: bool) -> None:
+    def _begin(self, units: Iterable[str], *, quiet: bool) -> None:
+        """Begin to gather what is neither gathered nor on its way."""
+        for unit in units:
+            if unit not in self.gathered and unit not in self.ready:
+                self.ready.add(unit)
+                self.now = plus(self.now, self.setting.units[unit].message)
+                self._note(quiet=quiet)
+
+    def _gather(self, spans: Spans, unit: str, *, quiet: bool) -> None:
         held = self.setting.units[unit]
+        self._begin([unit], quiet=quiet)
+        self.ready.discard(unit)
         self.gathered.add(unit)
-        self.now = plus(self.now, held.message)
-        self._note(quiet=quiet)
         # The result of the gather before is freed when this one is copied out: FSDPParamGroup.wait_for_unshard.
         self.now, self.message = plus(minus(self.now, self.message), held.whole), held.message
         self._note(quiet=quiet)
+        self._begin(spans.behind(unit, self.setting.prefetch or 0), quiet=quiet)
 
     def _backward(self, spans: Spans, own: set[int]) -> tuple[tuple[Origin | None, ...], Amount]:
         """The gradients of the graph's inputs, and what is left of those of its parameters."""
@@ -256,7 +274,6 @@ class Timeline:
         for root, position in self.kept.items():
             if root in self.size and root not in own:
                 releases.setdefault(position, []).append(self.size[root])
-        ready: set[str] = set()
         reached: set[int] = set()
         left: Amount = NOTHING
         for position in reversed(range(len(graph.nodes))):
@@ -265,7 +282,7 @@ class Timeline:
             made = [index for index in node.outputs if index in gradients.of]
             if made and any(grad is not None for grad in record.grads):
                 for unit in spans.last.get(position, ()):
-                    self._unshard(spans, unit, ready, quiet=quiet)
+                    self._unshard(spans, unit, quiet=quiet)
                 self._note(record.backward, quiet=quiet)
                 new = plus(record.left, self._hand_on(node, record, gradients, reached))
                 left = plus(left, new)
@@ -328,21 +345,19 @@ class Timeline:
             return as_kind(GATHERED, amount)
         return as_kind(GRADIENTS, amount) if self.setting.accumulate == 1 else NOTHING
 
-    def _unshard(self, spans: Spans, unit: str, ready: set[str], *, quiet: bool) -> None:
-        """Gather a unit again, and begin with the one that ran before it: FSDPParamGroup.pre_backward."""
+    def _unshard(self, spans: Spans, unit: str, *, quiet: bool) -> None:
+        """Gather a unit again, and begin with those that ran before it: FSDPParamGroup.pre_backward."""
         held = self.setting.units[unit]
         if unit not in self.gathered:
-            self.gathered.add(unit)
-            if unit not in ready:
+            if unit in self.ready:
+                self.ready.discard(unit)
+            else:
                 self.now = plus(self.now, held.message)
+            self.gathered.add(unit)
             self.now = plus(self.now, held.whole)
             self._note(quiet=quiet)
             self.now = minus(self.now, held.message)
-        before = spans.before(unit)
-        if before is not None and before not in self.gathered and before not in ready:
-            ready.add(before)
-            self.now = plus(self.now, self.setting.units[before].message)
-            self._note(quiet=quiet)
+        self._begin(spans.before(unit, self.setting.prefetch or 1), quiet=quiet)
 
     def _reduce(self, unit: str, *, quiet: bool) -> Amount:
         """Free a unit and scatter its gradients: FSDPParamGroup.post_backward. What that changes for good."""

@@ -28,6 +28,10 @@ class Policy:
         compile: units (by regex, or all) that `torch.compile` compiles.
         reshard_after_forward: units (by regex, or all) whose gathered parameters are freed between forward
             and backward, and gathered again; under pp a stage gathers once a step.
+        prefetch: how many units ahead are gathered while one computes, in forward and in backward, from the second
+            step on. None is FSDP2's own: in backward one, in forward none.
+        offload: units (by regex, or all) whose stored parameters, their gradients and optimizer states lie in the
+            host's memory, and are copied to the device when they are gathered. What fsdp does not store stays.
         schedule: the order of a pipeline's forwards and backwards, by torch's name.
         microbatches: of a step, with one update: in a pipeline those in flight, elsewhere one after another (then the
             same as `accumulate`). None: as many as the pipeline has stages, where there is one.
@@ -40,6 +44,8 @@ class Policy:
     accumulate: int = 1
     compile: bool | tuple[str, ...] = field(default=False, converter=_patterns)
     reshard_after_forward: bool | tuple[str, ...] = field(default=True, converter=_patterns)
+    prefetch: int | None = None
+    offload: bool | tuple[str, ...] = field(default=False, converter=_patterns)
     schedule: str = "1F1B"
     microbatches: int | None = None
     stages: tuple[int, ...] | None = field(default=None, converter=lambda cut: None if cut is None else tuple(cut))
@@ -62,6 +68,16 @@ class Policy:
                 why="a step has at least one microbatch",
                 locations=(calling_line(),),
                 advice=("give accumulate=1, or leave it out, for a step of one microbatch",),
+            )
+        if self.prefetch is not None and (
+            isinstance(self.prefetch, bool) or not isinstance(self.prefetch, int) or self.prefetch < 1
+        ):
+            refuse(
+                "SS405",
+                f"prefetch={self.prefetch!r}",
+                why="so many units are gathered ahead: a whole number of at least 1",
+                locations=(calling_line(),),
+                advice=("leave it out for what FSDP2 does of itself",),
             )
         if self.microbatches is not None and (self.microbatches < 1 or self.accumulate > 1):
             refuse(

@@ -244,6 +244,7 @@ def setting_of(
         casts=policy.param_dtype is not None,
         dtype_of=lambda dtype: policy.param_dtype if policy.param_dtype and dtype == main else dtype,
         stored=lambda name: bool(params[name].storage),
+        prefetch=policy.prefetch,
     )
 
 

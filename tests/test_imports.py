@@ -42,7 +42,7 @@ LAYERS = (
     "runtime.rank_major",
     "runtime.parts",
     "runtime.arguments runtime.boundary runtime.recipe runtime.state",
-    "runtime.attach runtime.init runtime.weights",
+    "runtime.attach runtime.init runtime.prefetch runtime.weights",
     "runtime.apply",
     "runtime.stage",
     "runtime.pipeline",

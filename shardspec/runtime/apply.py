@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from attrs import define, field
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from shardspec.layout import Layout, dim_axes
@@ -19,6 +19,7 @@ from shardspec.policy import Policy, chosen
 from shardspec.runtime.attach import Read, Remat, attach_read
 from shardspec.runtime.fabric import Fabric, storage_mesh
 from shardspec.runtime.init import Recipe, record
+from shardspec.runtime.prefetch import prefetch
 from shardspec.torch_private import (
     bind_fsdp,
     bound_as_is,
@@ -28,6 +29,8 @@ from shardspec.torch_private import (
     materialise_fsdp,
     reset_fsdp,
 )
+
+HOST = torch.device("cpu")
 
 
 @define(eq=False)
@@ -57,6 +60,8 @@ class LocalModel:
     written: dict[bool, set[str]] = field(factory=dict)
     """Training mode -> the persistent buffers that forward writes, once one has run."""
     versions: dict[str, tuple[Tensor, int]] = field(factory=dict)
+    hosted: set[str] = field(factory=set)
+    """The names of what lies in the host's memory."""
 
     def bind(self, locals_: Mapping[str, Tensor]) -> None:
         """Have the model compute with these local tensors."""
@@ -116,7 +121,8 @@ class LocalModel:
         reset_fsdp(self.module)
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Storage for a rank's part of a parameter."""
+        """Storage for a rank's part of a parameter: on the device, but for what lies in the host's memory."""
+        device = HOST if name in self.hosted else device
         if name in self.records:
             return empty_padded(self.records[name], shape, dtype, device)
         return torch.empty(shape, dtype=dtype, device=device)
@@ -168,8 +174,11 @@ def apply(
     found = LocalModel(module, own)
     if stored:
         found.records = {params[name].first: record for name, record in fsdp_records(module).items()}
-        for record in found.records.values():
-            materialise_fsdp(record, fabric.device)
+        found.hosted = {
+            name for name in found.records if policy.offload and is_offloaded(params[name].unit, units, policy)
+        }
+        for name, record in found.records.items():
+            materialise_fsdp(record, HOST if name in found.hosted else fabric.device)
     _materialise(found, params, fabric, policy)
     for path, child in module.named_modules():
         for name, buffer in child._buffers.items():
@@ -177,6 +186,12 @@ def apply(
             if plan is not None and plan.persistent:
                 found.buffers.setdefault(plan.first, []).append((child, name))
     return found
+
+
+def is_offloaded(unit: str, units: tuple[UnitPlan, ...], policy: Policy) -> bool:
+    """Whether a policy has a unit's stored parameters lie in the host's memory."""
+    modules = next((each.modules for each in units if each.name == unit), ())
+    return any(chosen(policy.offload, name) for name in (unit, *modules))
 
 
 def _localise(module: nn.Module, params: Mapping[str, ParamPlan], fabric: Fabric) -> None:
@@ -237,12 +252,20 @@ def _fully_shard(
         "mp_policy": precision,
         "ignored_params": ignored,
     }
+    gathered: list[list[Any]] = []
     for unit in units:
         if unit.modules and any(params[name].storage for name in unit.params):
             children = [module.get_submodule(path) for path in unit.modules]
-            reshard = chosen(policy.reshard_after_forward, unit.name)
-            fully_shard(children[0] if len(children) == 1 else children, reshard_after_forward=reshard, **common)
-    fully_shard(module, **common)
+            fully_shard(
+                children[0] if len(children) == 1 else children,
+                reshard_after_forward=chosen(policy.reshard_after_forward, unit.name),
+                offload_policy=_offload(is_offloaded(unit.name, units, policy), fabric),
+                **common,
+            )
+            gathered.append(children)
+    fully_shard(module, offload_policy=_offload(is_offloaded("", units, policy), fabric), **common)
+    if policy.prefetch is not None:
+        prefetch(module, gathered, policy.prefetch)
     for child in module.modules():
         if isinstance(child, FSDPModule):
             # Both are needed for a plain sum: the second alone still divides, the first alone wants PREMUL_SUM.
@@ -250,6 +273,11 @@ def _fully_shard(
             child.set_force_sum_reduction_for_comms(True)
             if hasattr(child, "set_reduce_scatter_unused_params"):
                 child.set_reduce_scatter_unused_params(True)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _offload(hosted: bool, fabric: Fabric) -> OffloadPolicy:
+    """FSDP2's word for where stored parameters lie; only what an accelerator copies from is pinned."""
+    return CPUOffloadPolicy(pin_memory=fabric.device.type != "cpu") if hosted else OffloadPolicy()
 
 
 def _materialise(found: LocalModel, params: Mapping[str, ParamPlan], fabric: Fabric, policy: Policy) -> None:

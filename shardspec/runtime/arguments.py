@@ -28,7 +28,7 @@ def unmatched_policy(policy: Policy, units: tuple[UnitPlan, ...]) -> Iterator[Di
     """SS405 for a pattern of the policy that matches no unit."""
     names = [name for unit in units if unit.modules for name in (unit.name, *unit.modules)]
     known = list(dict.fromkeys(as_pattern(fold(name)) for name in names))
-    for option in ("remat", "compile", "reshard_after_forward"):
+    for option in ("remat", "compile", "reshard_after_forward", "offload"):
         patterns = getattr(policy, option)
         for pattern in () if isinstance(patterns, bool) else patterns:
             if not any(re.fullmatch(pattern, name) for name in names):

@@ -29,6 +29,7 @@ def gather(tensor: Tensor) -> Tensor:
     shared = {placement.dim: placement for placement in tensor.placements if isinstance(placement, RankMajor)}
     if all(rows is None for rows in found) and not shared:
         return local.clone()  # a step would write to the state's own
+    local = local.to(mesh.device_type)  # from the host's memory, where a policy has it lie there
     for position, rows in reversed(list(enumerate(found))):
         if rows is None:
             continue

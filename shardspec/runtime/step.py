@@ -109,7 +109,7 @@ def reduce_owed(sharded: Sharded, plan: Plan, grads: Mapping[str, Tensor]) -> No
         if axes and grad.numel():
             groups.setdefault((axes, grad.dtype), []).append(grad)
     for (axes, _), owing in sorted(groups.items(), key=lambda item: item[0][0]):
-        coalesced_all_reduce(owing, sharded.fabric.group(axes))
+        coalesced_all_reduce(owing, sharded.fabric.group(axes), sharded.fabric.device)
 
 
 def sum_over_homes(sharded: Sharded, grads: Mapping[str, Tensor]) -> None:
@@ -122,15 +122,15 @@ def sum_over_homes(sharded: Sharded, grads: Mapping[str, Tensor]) -> None:
         if len(homes) > 1 and grad.numel():
             groups.setdefault((homes, grad.dtype), []).append(grad)
     for (homes, _), shared in sorted(groups.items(), key=lambda item: item[0][0]):
-        coalesced_all_reduce(shared, sharded.fabric.homes[homes])
+        coalesced_all_reduce(shared, sharded.fabric.homes[homes], sharded.fabric.device)
 
 
-def coalesced_all_reduce(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Sum several tensors over a group in one message, in place."""
-    if len(tensors) == 1 and tensors[0].is_contiguous():
+def coalesced_all_reduce(tensors: Sequence[Tensor], group: dist.ProcessGroup, device: torch.device) -> None:
+    """Sum several tensors over a group in one message, in place; those that lie elsewhere by way of the device."""
+    if len(tensors) == 1 and tensors[0].is_contiguous() and tensors[0].device == device:
         dist.all_reduce(tensors[0], group=group)
         return
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    flat = torch.cat([tensor.reshape(-1).to(device) for tensor in tensors])
     dist.all_reduce(flat, group=group)
     parts = flat.split([tensor.numel() for tensor in tensors])
     foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
@@ -150,13 +150,13 @@ def stage_world(sharded: Sharded) -> int:
 
 def squared_norm(sharded: Sharded, params: Mapping[str, ParamPlan], grads: Mapping[str, Tensor]) -> Tensor:
     """This rank's share of the squared norm of all gradients: the shares of all ranks sum to it. Float64, 0-dim."""
-    groups: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+    groups: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
     for name, grad in grads.items():
         if grad.numel():
-            groups.setdefault((sharing_degree(sharded, params[name]), grad.dtype), []).append(grad)
+            groups.setdefault((sharing_degree(sharded, params[name]), grad.dtype, grad.device), []).append(grad)
     shares = [
-        torch.stack(foreach_norm(parts)).to(torch.float64).square().sum() / copies
-        for (copies, _), parts in groups.items()
+        torch.stack(foreach_norm(parts)).to(sharded.fabric.device, torch.float64).square().sum() / copies
+        for (copies, _, _), parts in groups.items()
     ]
     return sum(shares[1:], shares[0]) if shares else sharded.fabric.zero()
 
@@ -322,13 +322,13 @@ def updated(
             )  # fmt: skip
     else:
         trained = {name: params[name] for name in grads}
-        divided = {name: grad / scale.to(grad.dtype) for name, grad in grads.items()}
+        divided = {name: grad / scale.to(grad) for name, grad in grads.items()}
         # A stage's parameters are a part of all, of which a norm over a list would be taken.
         parts = state.home.pipeline is not None
         parts = parts or are_split((trained[name], torch.Size(state.home.params[name].shape)) for name in trained)
         with PartsOnly() if parts else nullcontext():
             fresh, fresh_raw = optimizer.update(divided, raw, trained, state.step + 1)
-        params = {**params, **{name: torch.where(found_inf > 0, params[name], fresh[name]) for name in fresh}}
+        params = {**params, **{name: _select(found_inf, params[name], fresh[name]) for name in fresh}}
         raw = _select(found_inf, raw, fresh_raw)
         if donate:
             state.donate(by)
@@ -355,7 +355,7 @@ def evolve_opt(opt: OptState, raw: Any) -> OptState:
 def _select(found_inf: Tensor, old: Any, new: Any) -> Any:
     """The old tensors where a step is skipped, the new ones elsewhere."""
     if isinstance(new, Tensor):
-        return torch.where(found_inf > 0, old, new)
+        return torch.where(found_inf.to(new.device) > 0, old, new)
     if isinstance(new, dict):
         return {key: _select(found_inf, old[key], value) for key, value in new.items()}
     if isinstance(new, (list, tuple)):
@@ -378,7 +378,7 @@ def value_and_grad(sharded: Sharded, loss_fn: LossFn) -> Callable[..., Any]:
             total, weight, _ = reduce_scalars(sharded, plan.loss, sums, None)
         weight = divisor(weight, plan.loss)
         sharded.local.clear_gradients()
-        scaled = {name: state_view(grad / weight.to(grad.dtype), sharded.specs[name]) for name, grad in grads.items()}
+        scaled = {name: state_view(grad / weight.to(grad), sharded.specs[name]) for name, grad in grads.items()}
         loss = total / weight
         return (loss, {"loss": loss, "weight": weight}), scaled
 

@@ -16,6 +16,7 @@ CASES = (
     Case(),
     Case(mesh="tp=2", sp=False),
     Case(mesh="fsdp=2", remat=True),
+    Case(mesh="fsdp=2", prefetch=2),
     Case(mesh="fsdp=2,tp=2"),
     Case(mesh="dp=2", accumulate=2),
 )

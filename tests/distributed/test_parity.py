@@ -129,7 +129,7 @@ def drop_owed(patch: pytest.MonkeyPatch) -> None:
 @bug("of the gradients that are summed in one message the first alone is", SP)
 def reduce_the_first(patch: pytest.MonkeyPatch) -> None:
     right = step.coalesced_all_reduce
-    patch.setattr(step, "coalesced_all_reduce", lambda tensors, group: right(tensors[:1], group))
+    patch.setattr(step, "coalesced_all_reduce", lambda tensors, *where: right(tensors[:1], *where))
 
 
 @bug("gradients are not summed over dp", Case("dp=2"))
