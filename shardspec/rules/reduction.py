@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 
 import torch
+from attrs import evolve
 
-from shardspec.layout import AVG, MAX, MIN, SUM
+from shardspec.layout import AVG, MAX, MIN, SUM, Layout
 from shardspec.rules.operator import (
     COPY,
     NONLINEAR,
@@ -12,6 +13,7 @@ from shardspec.rules.operator import (
     Call,
     Label,
     Refusal,
+    Type,
     Typed,
     aligned,
     aligned_output,
@@ -194,10 +196,22 @@ def norm(call: Call) -> Typed:
 @rule(aten.cross_entropy_loss.default)
 def cross_entropy(call: Call) -> Typed:
     """Classes must be whole; a mean over split tokens weighs ranks, not tokens, and is refused."""
+    return _class_loss(call, "cross_entropy")
+
+
+@rule(aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
+def nll_loss(call: Call) -> Typed:
+    """As cross-entropy; and the weight that the mean is taken over, which adds up as the loss does."""
+    typed = _class_loss(call, "nll_loss")
+    loss = typed.outputs[0]
+    return evolve(typed, outputs=(loss, Type(Layout((), loss.layout.pending))))
+
+
+def _class_loss(call: Call, name: str) -> Typed:
     logits, target = call.shape(0), call.shape(1)
     reduction = int(call.named.get("reduction", 1))
     if len(target) == len(logits) and not call.dtype(1).is_floating_point:
-        raise Refusal("SS305", "cross_entropy with this shape of target has no rule")
+        raise Refusal("SS305", f"{name} with this shape of target has no rule")
     lead: list[Label] = [0, *range(2, len(logits))] if len(logits) > 1 else []
     classes: Label = 1 if len(logits) > 1 else 0
     names: list[Label] = list(range(len(logits)))
@@ -216,7 +230,7 @@ def cross_entropy(call: Call) -> Typed:
         axis = typed.outputs[0].layout.pending[0][0]
         raise Refusal(
             "SS311",
-            f"cross_entropy takes a mean over tokens that are split over {axis}",
+            f"{name} takes a mean over tokens that are split over {axis}",
             why="masked tokens differ between ranks, so a mean of the ranks' means is not the mean",
             operands=(1,),
             axis=axis,
