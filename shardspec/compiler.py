@@ -158,8 +158,7 @@ class Compiler:
             outline = outline if typed.kin.heads == kin.heads else self.names.outline(typed.kin.heads)
             summed, found = prove(typed, outline, self.rules, has_loss=loss is not None)
             settle(attempt.fixed(found))
-            names = self.names.whole
-            pipeline = lay(typed, names, self.rules, whole, self.policy) if whole["pp"] > 1 else None
+            pipeline = lay(typed, self.names.whole, self.rules, whole, self.policy) if whole["pp"] > 1 else None
         return Plan.deferred(
             whole,
             lambda world: self.legal_meshes(world, batch, loss, pipelined=whole["pp"] > 1),

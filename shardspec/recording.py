@@ -15,7 +15,7 @@ from shardspec.program import Block, BlockCall, Node, Program, Ref, Value, tenso
 from shardspec.survey import Survey
 from shardspec.torch_private import no_torch_function
 from shardspec.tracing import Tracer, is_ours, run, user_line
-from shardspec.twin import ABSENT, MODULE_STATE, Twin, attribute_of, function_of, to_meta
+from shardspec.twin import ABSENT, MODULE_STATE, Twin, attributes_of, function_of, to_meta
 
 
 def trace(
@@ -71,7 +71,9 @@ class Recorder(Tracer):
                 if known.inputs == inputs and self._same(known, module, fqn):
                     if known.reads and len(self.frames) > 1:
                         modules = dict(module.named_modules())
-                        self.reads.extend((modules[".".join(path)], name) for path, name in known.reads)
+                        self.reads.extend(
+                            (modules[".".join(path)], name) for path in known.reads for name in known.reads[path]
+                        )
                     return self._again(known, fqn, args, kwargs)
         return self._record_block(module, fqn, forward, args, kwargs, structure)
 
@@ -97,11 +99,11 @@ class Recorder(Tracer):
             reads, self.reads = self.reads, outer
             outer.extend(reads)
         paths = {id(child): path for path, child in module.named_modules()}
-        read = {
-            (tuple(paths[id(child)].split(".")) if paths[id(child)] else (), name): child.__dict__.get(name, ABSENT)
-            for child, name in reads
-            if id(child) in paths
-        }
+        read: dict[tuple[str, ...], dict[str, Any]] = {}
+        for child, name in reads:
+            if id(child) in paths:
+                path = tuple(paths[id(child)].split(".")) if paths[id(child)] else ()
+                read.setdefault(path, {})[name] = child.__dict__.get(name, ABSENT)
         block.outputs = [ref.index for ref in tensors(self.result_refs)]
         # A forward that writes to its module or to its arguments does not do the same thing twice.
         pure = _attributes(module) == before and _structure((args, kwargs)) == structure
@@ -149,10 +151,12 @@ class Recorder(Tracer):
     def _same(self, known: "_Recorded", module: nn.Module, fqn: str) -> bool:
         if known.shape != self._shape(module, fqn):
             return False
-        for (path, name), value in known.reads.items():
-            found = attribute_of(module, path, name)
-            if type(found) in (list, dict, set) or (found is not value and not _equal(found, value)):
-                return False
+        for path, read in known.reads.items():
+            held = attributes_of(module, path)
+            for name, value in read.items():
+                found = held.get(name, ABSENT)
+                if type(found) in (list, dict, set) or (found is not value and not _equal(found, value)):
+                    return False
         return True
 
     def _traits(self, module: nn.Module, fqn: str) -> Any:
@@ -225,8 +229,8 @@ class _Recorded:
 
     block: Block
     shape: Any
-    reads: dict[tuple[tuple[str, ...], str], Any]
-    """(path in the block, attribute) -> value, for the attributes that forward read; `ABSENT` where the module has
+    reads: dict[tuple[str, ...], dict[str, Any]]
+    """Path in the block -> {attribute: value}, for the attributes that forward read; `ABSENT` where the module has
     none of its own, and its class does, or nobody."""
     inputs: Any
     result: Any

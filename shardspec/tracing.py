@@ -594,14 +594,22 @@ def refuse_gradient_hooks(model: nn.Module) -> None:
     """Refuse hooks that run in a backward, which the check does not.
 
     Raises:
-        GradientHookError: naming the first module or parameter that has one.
+        GradientHookError: naming a module or parameter that has one.
     """
-    for name, module in model.named_modules():
+    rest = [model]
+    while rest:  # `named_modules` makes a name for each, which nobody asks for
+        module = rest.pop()
+        rest += (child for child in module._modules.values() if child is not None)
         if module._backward_hooks or module._backward_pre_hooks:
-            raise GradientHookError(f"{name or 'the model'} has a backward hook", why=ON_A_SHARE)
+            raise GradientHookError(f"{_name_in(model, module) or 'the model'} has a backward hook", why=ON_A_SHARE)
         for leaf, parameter in module._parameters.items():
             if parameter is not None and (parameter._backward_hooks or _after_accumulation(parameter)):
-                raise GradientHookError(f"{name}.{leaf} has a hook on its gradient".removeprefix("."), why=ON_A_SHARE)
+                name = f"{_name_in(model, module)}.{leaf}".removeprefix(".")
+                raise GradientHookError(f"{name} has a hook on its gradient", why=ON_A_SHARE)
+
+
+def _name_in(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, child in model.named_modules() if child is module)
 
 
 ON_A_SHARE = (

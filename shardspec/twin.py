@@ -212,14 +212,14 @@ class Children(dict[str, "nn.Module | None"]):
         return dict(super().items())
 
 
-def attribute_of(module: nn.Module, path: tuple[str, ...], name: str) -> Any:
-    """What a module below `module` holds under a name; one that was not copied yet is still as the old one is."""
+def attributes_of(module: nn.Module, path: tuple[str, ...]) -> dict[str, Any]:
+    """What a module below `module` holds by name; one that was not copied yet is still as the old one is."""
     for part in path:
         children: Any = module.__dict__["_modules"]
         if isinstance(children, Children) and not children.made:
             children = children.old
         module = cast("nn.Module", children[part])
-    return module.__dict__.get(name, ABSENT)
+    return module.__dict__
 
 
 def function_of(forward: Any) -> Any:
