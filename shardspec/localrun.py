@@ -208,14 +208,14 @@ def _cross_entropy(run: LocalRun, position: int, live: Sequence[bool]) -> Record
     size, tokens = run.itemsize(logits), run.typed.layout(labels)
     wide = accumulation_dtype(run.dtype_of(run.typed.graph.values[logits].dtype)).itemsize
     number, mask, index = (part(PASSING, tokens, each, run.sizes) for each in (wide, 1, 8))
-    chunk = part(PASSING, run.typed.layout(logits), size, run.sizes, most=CHUNK_ELEMENTS * size)
+    chunk = part(PASSING, run.typed.layout(logits), wide, run.sizes, most=CHUNK_ELEMENTS * wide)
     grad = run.whole(logits)
     return Record(
         outputs=tuple(fixed(PASSING, run.itemsize(index)) for index in node.outputs if index is not None),
         operands_kept=frozenset({0}),
         kept=as_kind(KEPT, plus(number, mask, mask, index)),
         forward=Peaks.of([plus(index, mask, mask, *(number,) * 4, chunk)]),
-        backward=Peaks.of([plus(grad, chunk, number, number)]),
+        backward=Peaks.of([plus(grad, chunk if wide > size else NOTHING, number, number)]),
         grads=(grad if live[0] else None, *(None for _ in live[1:])),
     )
 

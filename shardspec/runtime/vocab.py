@@ -96,8 +96,11 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         grad_Nv = torch.empty_like(logits_Nv, memory_format=torch.contiguous_format)
         minus_own_N1 = -own_N.to(log_normaliser_N.dtype)[:, None]
         scale_N1 = (valid_N * grad)[:, None]
+        wide = grad_Nv.dtype != log_normaliser_N.dtype
         for rows in _row_chunks(logits_Nv):
-            softmax_nv = (logits_Nv[rows] - log_normaliser_N[rows, None]).exp_()
+            # in the gradient's own memory, unless it is too narrow to compute in
+            out = None if wide else grad_Nv[rows]
+            softmax_nv = torch.sub(logits_Nv[rows], log_normaliser_N[rows, None], out=out).exp_()
             softmax_nv.scatter_add_(1, local_N[rows, None], minus_own_N1[rows])
             torch.mul(softmax_nv, scale_N1[rows], out=grad_Nv[rows])
         return grad_Nv.reshape(logits.shape), None, None, None, None
