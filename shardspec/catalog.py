@@ -257,6 +257,18 @@ Give pp a smaller size, another schedule, or stages that have all the layers."""
         right='pipeline=r"layers\\.(?P<pp>\\d+)"',
     ),
     CodeEntry(
+        code="SS218",
+        title="ep on an expert weight, and not on its experts",
+        explanation="""\
+`experts=` names modules whose parameters are stacked over experts on dim 0. There `@ep` says which rank has which
+experts: rows travel to the rank of their expert, and the weights stay. On another dim, or behind another axis of
+dim 0, it would say that a rank has a part of every expert, and rows would go nowhere.
+Write `E@ep` on dim 0 of each of the module's parameters; fsdp may store them along any dim, and tp splits what is
+inside an expert. On parameters of other modules ep stores, as fsdp does.""",
+        wrong='r"layers\\.\\d+\\.moe\\.experts\\.down_proj": "E D@ep F@tp"',
+        right='r"layers\\.\\d+\\.moe\\.experts\\.down_proj": "E@ep D@fsdp F@tp"',
+    ),
+    CodeEntry(
         code="SS301",
         title="a size that cannot be split evenly",
         explanation="""\
@@ -514,6 +526,19 @@ a layer reads must come from the batch and buffers (positions, masks, tables), w
 stage reads what parameters or layers of an earlier one made, or layers do not run once each, in their order.
 Pass the value through the layers inside of what crosses, make it from the batch, or begin the stages elsewhere
 with `Policy(stages=[...])`.""",
+    ),
+    CodeEntry(
+        code="SS332",
+        title="a module that experts= names and that cannot run as one",
+        explanation="""\
+Such a module has `forward(hidden [N, D], topk_ids [N, k], topk_weights [N, k]) -> [N, D]`, and its parameters are
+stacked over experts on dim 0. On a mesh a rank's module holds some of the experts, is called with the rows that
+chose one of them (k=1, ids from 0), and its results go back. Its forward is typed so, on a few rows.
+Here it is called otherwise, gives something else, or cannot run on a rank's experts, as where it counts them by an
+attribute that `attributes=` does not tell. Rows are split over ep where the experts are; and over tp only where no
+weight is: a rank of tp would compute its features for its own rows alone.""",
+        wrong='experts=r"layers\\.\\d+\\.moe"                # forward(x)',
+        right='experts=r"layers\\.\\d+\\.moe\\.experts"      # forward(x, ids, weights)',
     ),
     CodeEntry(
         code="SS401",

@@ -1,5 +1,6 @@
 """Match a table against a model: every parameter claimed, every activation that a rule names."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,7 +14,8 @@ from shardspec.mesh import Mesh
 from shardspec.program import Block, Graph, Program
 from shardspec.rules.fit import check_rank, layout_of, learn_sizes
 from shardspec.rules.match import assign, idle_batch_axes
-from shardspec.rules.parse import Entry, ParamClaim, Sizes, Storage, Table, change
+from shardspec.rules.parse import Entry, ParamClaim, Sizes, Storage, Table, change, check_storage
+from shardspec.rules.table import Rules
 from shardspec.survey import Survey, View
 from shardspec.units import attribute_sizes
 
@@ -46,19 +48,56 @@ def match_params(table: Table, names: View, mesh: Mesh) -> tuple[dict[str, Param
     clashing = {place for conflict in conflicts for place in conflict.locations[:1]}
     params: dict[str, ParamClaim] = {}
     uneven: dict[Any, Diagnostic] = {}
-    fitted: dict[tuple[Entry, tuple[int, ...]], tuple[Layout, Storage, Diagnostic | None]] = {}
+    fitted: dict[tuple[Entry, tuple[int, ...], bool], tuple[Layout, Storage, Diagnostic | None]] = {}
+    stacked = expert_weights(table.rules, names)
+    placed: dict[tuple[Entry, bool], Diagnostic | None] = {}
     for name, entry, shape in shaped:
-        if (entry, shape) not in fitted:
-            fitted[entry, shape] = layout_of(entry, name, shape, sizes.known, mesh, storage=True)
-        layout, storage, problem = fitted[entry, shape]
+        expert = name in stacked
+        if stacked and (entry, expert) not in placed:
+            placed[entry, expert] = check_expert_axis(entry, name, expert=expert)
+        if misplaced := placed.get((entry, expert)):
+            wrong.setdefault(entry, misplaced)
+            continue
+        if (entry, shape, expert) not in fitted:
+            fitted[entry, shape, expert] = layout_of(entry, name, shape, sizes.known, mesh, storage=True, expert=expert)
+        layout, storage, problem = fitted[entry, shape, expert]
         if problem and entry.location not in clashing:
             uneven.setdefault((entry, shape), problem)
         known = names.parameters[name]
         params[name] = ParamClaim(
-            name, entry, shape, known.dtype, known.is_buffer, layout, storage, known.requires_grad
+            name, entry, shape, known.dtype, known.is_buffer, layout, storage, known.requires_grad, expert
         )
     ties = list(_ties(params, names))
     return params, sizes, [*found, *wrong.values(), *conflicts, *uneven.values(), *ties]
+
+
+def expert_weights(rules: Rules, names: View) -> set[str]:
+    """The parameters of the modules that `experts=` matches."""
+    if rules.experts is None:
+        return set()
+    regex = re.compile(rules.experts)
+    homes = tuple(f"{path}." for path in names.modules if regex.fullmatch(path))
+    return {name for name, known in names.parameters.items() if name.startswith(homes) and not known.is_buffer}
+
+
+def check_expert_axis(entry: Entry, name: str, *, expert: bool) -> Diagnostic | None:
+    """SS218 for ep on another dim of an expert weight than dim 0; SS209 for what only an expert weight may have."""
+    spec = entry.spec
+    if not expert:
+        return next(check_storage(entry.rule, spec), None)
+    later = [dim for dim in spec.dims[1:] if "ep" in dim.all_axes]
+    inner = "ep" in spec.dims[0].all_axes if spec.dims else False
+    if not later and (not inner or spec.dims[0].all_axes[0] == "ep"):
+        return None
+    where = f"dim {spec.dims.index(later[0])}, {later[0]}" if later else f"dim 0, behind {spec.dims[0].all_axes[0]}"
+    return Diagnostic(
+        code="SS218",
+        what=f"ep stands on {where} of the expert weight {name}",
+        why="experts= names its module, whose parameters are stacked over experts on dim 0: there ep says which rank "
+        "has which experts, and a row goes to the one that has its own",
+        locations=(entry.location,),
+        advice=("write E@ep, or E@(ep,fsdp), on dim 0 and leave ep out elsewhere",),
+    )
 
 
 def _ties(params: Mapping[str, ParamClaim], names: View) -> Iterable[Diagnostic]:

@@ -15,6 +15,7 @@ from shardspec.claims import match_params, match_points, told_apart
 from shardspec.constraints import Constraint
 from shardspec.diagnostics import Diagnostic, ShardingError
 from shardspec.dryrun import Difference, dry_run
+from shardspec.exchange import experts_collectives, lower_experts
 from shardspec.explain import attribute_edits, explain_differences
 from shardspec.fixes import Attempt
 from shardspec.hazards import hazards
@@ -32,16 +33,12 @@ from shardspec.rules.table import Rules
 from shardspec.stages import Claims, TypedProgram
 from shardspec.staging import sends, staged_params, staged_points, staged_steps, staged_units
 from shardspec.survey import Model, Survey, View, survey
-from shardspec.tracing import HostRead, raised_here, refuse_gradient_hooks
+from shardspec.tracing import OF_AN_OPERATOR, HostRead, raised_here, refuse_gradient_hooks
 from shardspec.typecheck import typecheck
-from shardspec.units import resolve_attributes, resolve_units
+from shardspec.units import check_experts, resolve_attributes, resolve_units
 
 Looked = TypeVar("Looked", bound=tuple[Any, ...])
 """What a stage gives, the diagnostics last."""
-
-
-OF_AN_OPERATOR = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
-"""What an operator raises for arguments that do not fit: the model's mistake wherever it surfaces."""
 
 
 @contextmanager
@@ -173,14 +170,17 @@ class Compiler:
         """
         table, found = parse_table(self.rules)
         settle(found)
-        settle([*unbuilt(self.rules), *unknown_sizes(table)])
+        if self.rules.experts is not None:
+            settle(check_experts(self.rules, self.names.whole.modules))
+        settle(unknown_sizes(table))
         settle(unused_axes(table, mesh, pipelined=self.rules.pipeline is not None))
         return table, self.kin(table)
 
     def kin(self, table: Table) -> Kin:
         """The repeated blocks that no pattern of a table tells apart."""
         units = [pattern for unit in self.rules.units for pattern in ((unit,) if isinstance(unit, str) else unit)]
-        modules = [re.compile(pattern) for pattern in (*units, *table.rules.attributes)]
+        experts = [table.rules.experts] if table.rules.experts is not None else []
+        modules = [re.compile(pattern) for pattern in (*units, *table.rules.attributes, *experts)]
         return kindred(self.names, [entry.regex for entry in table.params], modules)
 
     def look(self, outline: View, stage: Callable[[View], Looked]) -> Looked:
@@ -224,14 +224,14 @@ class Compiler:
 
     def program(self, inputs: Mapping[str, Any], loss: Callable[..., Any] | None, training: bool | None) -> Program:
         """The trace for a shape of batch, made once."""
-        key = (batch_key(inputs), loss, training)
+        key = (batch_key(inputs), loss, training, self.rules.experts)
         for known, program in self.traces:
             if known == key:
                 return program
         check_inputs(inputs, self.names)
         try:
             refuse_gradient_hooks(self.names.model)
-            program = trace(self.names, inputs, loss, training)
+            program = trace(self.names, inputs, loss, training, self.rules.experts)
         except HostRead as error:
             raise ShardingError([host_read(error)]) from error
         except (ShardingError, OSError, MemoryError):  # the machine's, not the program's
@@ -252,7 +252,7 @@ class Compiler:
             kin = evolve(self, rules=rules).kin(table)
             params, sizes, found = match_params(table, self.names.outline(kin.heads), mesh)
             if not found:
-                program = self.program(inputs, loss, training)
+                program = evolve(self, rules=rules).program(inputs, loss, training)
                 kin = told_apart(table, program, kin)
                 params, sizes, _ = match_params(table, self.names.outline(kin.heads), mesh)
                 points, found = match_points(table, self.names, program, sizes, mesh, kin)
@@ -335,17 +335,6 @@ def meshes(world: int, axes: Sequence[str]) -> Iterator[Mesh]:
         yield Mesh(**sizes)  # pyright: ignore[reportArgumentType]
 
 
-def unbuilt(rules: Rules) -> Iterator[Diagnostic]:
-    """SS214 for what the runtime has no lowering for."""
-    if rules.experts is not None:
-        yield Diagnostic(
-            code="SS214",
-            what="experts=: this version does not run the experts protocol",
-            why="the exchange of tokens is not lowered yet",
-            locations=(rules.line_of(rules.experts),),
-        )
-
-
 def prove(
     typed: TypedProgram, names: View, rules: Rules, *, has_loss: bool
 ) -> tuple[LossPlan | None, list[Diagnostic]]:
@@ -381,7 +370,11 @@ def assemble(
     again = lowering.recomputed(units, policy)
     count = microbatch_count(policy, mesh)
     stepwise = evolve(policy, accumulate=count, microbatches=None)
-    points = [*lowering.point_collectives(typed, again), *lowering.substitution_collectives(typed)]
+    points = [
+        *lowering.point_collectives(typed, again),
+        *experts_collectives(typed, again),
+        *lowering.substitution_collectives(typed),
+    ]
     if pipeline is None:
         gathers = lowering.unit_collectives(params, units, typed.mesh, last, policy)
         rows = [
@@ -411,5 +404,6 @@ def assemble(
         constraints=facts,
         last_unit=last,
         pipeline=pipeline,
+        experts=lower_experts(typed),
         counted=None if pipeline is not None else lambda: usage(typed, params, units, last, stepwise, facts),
     )

@@ -14,7 +14,7 @@ from attrs import define, field, frozen
 from shardspec.infer import Inference, TypedGraph
 from shardspec.mesh import BATCH_AXES
 from shardspec.moves import Move, adjoint
-from shardspec.program import Node
+from shardspec.program import Node, Ref
 from shardspec.rules.operator import Type
 
 
@@ -59,6 +59,9 @@ class Backward:
     calls: dict[int, "Backward"] = field(factory=dict)
     alive: set[int] = field(factory=set)
     """Points that a gradient passes."""
+    completed: dict[int, tuple[frozenset[str] | None, ...]] = field(factory=dict)
+    """Call of an experts module that a gradient passes -> the axes over which it completes the gradients of the rows
+    that enter it, and of their weights; None for what wants no gradient."""
 
 
 @define(eq=False)
@@ -127,6 +130,8 @@ class Cotangents:
                     uses.setdefault(source, []).append((position, sent))
             elif node.op == "block":
                 self._block(typed, back, position, node, cots, uses, discharged, live)
+            elif node.op == "experts":
+                self._experts(typed, back, position, node, cots, uses, discharged, live)
             else:
                 self._operator(typed, position, node, cots, uses, discharged, live)
 
@@ -153,13 +158,13 @@ class Cotangents:
     ) -> None:
         if not node.grad or node.op == "detach" or position not in typed.consumed:
             return
-        refs = node.operands
+        refs = differentiated(node)
         moving = {ref.index for ref in refs if ref.index in live}
         if not moving:
             return
         if len(moving) > 1 or any(typed.graph.values[index].kind == "param" for index in moving):
             cots = {index: self._complete(cot, discharged) for index, cot in cots.items()}
-        for ref, read in zip(refs, typed.consumed[position], strict=True):
+        for ref, read in zip(refs, typed.consumed[position], strict=False):
             if ref.index in live:
                 cot = self._operand(typed, position, ref.index, read, cots)
                 uses.setdefault(ref.index, []).append((position, cot))
@@ -218,6 +223,43 @@ class Cotangents:
             if cot is not None:
                 uses.setdefault(ref.index, []).append((position, cot))
 
+    def _experts(
+        self,
+        typed: TypedGraph,
+        back: Backward,
+        position: int,
+        node: Node,
+        cots: dict[int, Cot],
+        uses: dict[int, list[tuple[int, Cot]]],
+        discharged: dict[int, set[str]],
+        live: set[int],
+    ) -> None:
+        """An experts module completes what its own forward owes its inputs; its parameters owe that, and over the
+        axes that split the tokens and not the parameter."""
+        body = typed.bodies.get(position)
+        if body is None or not node.grad:
+            return
+        refs, read = node.operands, typed.consumed[position]
+        entering = tuple(ref.index in live for ref in refs[:2])
+        cot = self._complete(next(iter(cots.values())), discharged)
+        inside = differentiable(body, entering)
+        result = body.graph.outputs[0]
+        found = self._graph(body, {result: cot} if result in inside else {}, inside)
+        done: list[frozenset[str] | None] = []
+        for ref, inner in zip(refs[:2], found.inputs, strict=True):
+            owed = inner.owed if inner is not None else frozenset[str]()
+            done.append(owed - cot.owed if ref.index in live else None)
+            if ref.index in live:
+                uses.setdefault(ref.index, []).append((position, Cot(owed & cot.owed)))
+        back.completed[position] = tuple(done)
+        rows = read[0].layout.sharded.keys()
+        for name, ref, kind in zip(node.func.names, refs[3:], read[3:], strict=True):
+            if ref.index in live:
+                index = body.graph.params.get(name)
+                owed = found.owed.get(index, frozenset[str]()) if index is not None else frozenset[str]()
+                owed |= rows - kind.layout.sharded.keys()
+                uses.setdefault(ref.index, []).append((position, Cot(owed)))
+
     def _complete(self, cot: Cot, discharged: dict[int, set[str]]) -> Cot:
         """Have the points that hold an obligation discharge it; but what is owed over axes that split only data and
         storage goes with the parameters' gradients, which are summed over them in any case."""
@@ -272,6 +314,22 @@ def adopted(typed: TypedGraph, value: int, read: Type) -> frozenset[str]:
     return frozenset(read.layout.sharded.keys() - typed.layout(value).sharded.keys())
 
 
+SHAPE_ONLY = frozenset(
+    f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")
+) | frozenset(f"new_{kind}" for kind in ("zeros", "ones", "full", "empty"))
+"""Operators that read no value of an operand."""
+
+AS_ANOTHER = frozenset({"view_as", "expand_as", "reshape_as", "type_as"})
+"""Operators that read of their second operand its shape or dtype alone."""
+
+
+def differentiated(node: Node) -> tuple[Ref, ...]:
+    """The operands that a gradient may reach: the first ones."""
+    if node.op in SHAPE_ONLY:
+        return ()
+    return node.operands[:1] if node.op in AS_ANOTHER else node.operands
+
+
 def differentiable(typed: TypedGraph, live_inputs: tuple[bool, ...] = ()) -> set[int]:
     """The values that a gradient reaches: floating point, and made from a parameter that wants one."""
     graph = typed.graph
@@ -282,7 +340,7 @@ def differentiable(typed: TypedGraph, live_inputs: tuple[bool, ...] = ()) -> set
     for position, node in enumerate(graph.nodes):
         if not node.grad or node.op == "detach":
             continue
-        reached = any(ref.index in live for ref in node.operands)
+        reached = any(ref.index in live for ref in differentiated(node))
         if not reached and node.op != "block":
             continue
         outs = [index for index in node.outputs if index is not None and _carries_gradient(graph.values[index].dtype)]

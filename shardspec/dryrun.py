@@ -4,6 +4,7 @@ The typing says what each rank's call must be; this finds the model that makes a
 written into a `view`, an `arange` over a local length, a division by a local width.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from shardspec.infer import TypedGraph, absolute
 from shardspec.kin import Kin
 from shardspec.nests import distinct, tensor_leaves
 from shardspec.program import Graph, Node, Program, Ref, Value, substitute, tensors
-from shardspec.rules.operator import Type, named_arguments
+from shardspec.rules.operator import Refusal, Type, named_arguments
 from shardspec.stages import Claims
 from shardspec.survey import Survey
 from shardspec.torch_private import no_torch_dispatch, no_torch_function
@@ -214,6 +215,8 @@ def dry_run(
     """
     image = Program()
     tracer = Replayer(image, names, typed, attributes, claims.kin)
+    experts = claims.table.rules.experts
+    tracer.whole = re.compile(experts) if experts is not None else None
 
     def place(name: str, tensor: torch.Tensor) -> torch.Tensor:
         def make() -> torch.Tensor:
@@ -239,7 +242,8 @@ def dry_run(
         found = _compare_all(tracer)
         return found or [_crash(error, tracer)]
     tracer.pairs[0].ended = True
-    return _compare_all(tracer) or list(_compare_loss(typed, program, image) if loss_fn is not None else ())
+    found = _compare_all(tracer) or list(_compare_loss(typed, program, image) if loss_fn is not None else ())
+    return found or list(_compare_bodies(typed, "", claims, attributes, set()))
 
 
 def _compare_all(tracer: Replayer) -> list[Difference]:
@@ -309,6 +313,34 @@ def _compare(pair: _Pair) -> Iterator[Difference]:
         if image.setdefault(index, found) != found:
             yield _mismatch(pair, whole[-1][0], part[-1][1], "it returns another value than the whole does")
             return
+
+
+def _compare_bodies(
+    typed: TypedGraph,
+    fqn: str,
+    claims: Claims,
+    attributes: Mapping[str, Mapping[str, int]],
+    seen: set[int],
+) -> Iterator[Difference]:
+    """The forwards of experts modules, each on the shapes that tp leaves a rank of its parameters."""
+    for position, inner in typed.calls.items():
+        yield from _compare_bodies(inner, absolute(fqn, typed.graph.nodes[position].func.fqn), claims, attributes, seen)
+    for position, body in typed.bodies.items():
+        if id(body) in seen:
+            continue
+        seen.add(id(body))
+        node = typed.graph.nodes[position]
+        full = absolute(fqn, node.func.fqn)
+        shapes = {name: claims.of(absolute(full, name)).layout.shape for name in node.func.names}
+        hidden, weights = (typed.graph.values[node.args[at].index] for at in (0, 1))
+        try:
+            local = node.func.record(hidden, weights, shapes, attributes.get(claims.kin.canonical(full), {}))
+        except Refusal as error:
+            yield Difference(body, None, full, error.what, error.why)
+            continue
+        different = next(_compare(_Pair(body, local, full, ended=True)), None)
+        if different is not None:
+            yield different
 
 
 def _compare_loss(typed: TypedGraph, program: Program, image: Program) -> Iterator[Difference]:

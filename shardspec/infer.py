@@ -1,18 +1,19 @@
 """Type a program: a layout for every value, a transition for every declared point, or the reason why not."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from shardspec.aliasing import PARAMETER_WRITE, writes
 from shardspec.diagnostics import Location
 from shardspec.kin import Kin
-from shardspec.layout import Layout, Sizes, dim_axes
+from shardspec.layout import Layout, Sizes, dim_axes, replicated
 from shardspec.moves import Move, NoTransition, transition
 from shardspec.program import Block, BlockCall, Graph, Node, Program, Ref, tensors
+from shardspec.rules.experts import type_experts, with_result
 from shardspec.rules.match import fold
 from shardspec.rules.operator import RULES, Call, Refusal, Type, Typed, all_replicated, as_replicated, named_arguments
 from shardspec.rules.parse import Entry, ParamClaim
@@ -49,6 +50,8 @@ class TypedGraph:
     calls: dict[int, "TypedGraph"] = field(factory=dict)
     names: dict[int, str] = field(factory=dict)
     """Point's node -> the name, relative to the graph, under which a rule claims it."""
+    bodies: dict[int, "TypedGraph"] = field(factory=dict)
+    """Call of an experts module -> its forward, as a rank runs it on the rows that it receives."""
     live: dict[tuple[bool, ...], set[int]] = field(factory=dict)
     """Which inputs want a gradient -> the values that one reaches."""
 
@@ -109,6 +112,11 @@ def graphs(graph: Graph, fqn: str) -> Iterator[tuple[str, Graph]]:
             yield from graphs(node.func.block, absolute(fqn, node.func.fqn))
 
 
+def no_attributes(_fqn: str, _module: Any, _axes: tuple[str, ...]) -> Mapping[str, int]:
+    """Of a table without `attributes=`."""
+    return {}
+
+
 @define(eq=False)
 class Inference:
     """The typing of one program under one table and one mesh."""
@@ -121,6 +129,9 @@ class Inference:
     kin: Kin
     hinted: bool = True
     """Whether what is refused is to come with edits worth trying."""
+    attributes: Callable[[str, Any, tuple[str, ...]], Mapping[str, int]] = no_attributes
+    """(FQN, module, axes) -> what the table says of its attributes on a rank of those axes."""
+    bodies: dict[Any, TypedGraph] = field(factory=dict)
     issues: list[Issue] = field(factory=list)
     memo: dict[Any, tuple[TypedGraph, tuple[Type | None, ...]]] = field(factory=dict)
     stack: list[tuple[TypedGraph, int]] = field(factory=list)
@@ -141,10 +152,15 @@ class Inference:
         self._body(typed, "")
         return typed
 
-    def _body(self, typed: TypedGraph, fqn: str) -> None:
+    def _body(self, typed: TypedGraph, fqn: str, params: Mapping[str, Type] | None = None) -> None:
+        """Type the nodes of a graph.
+
+        Args:
+            params: the types of its parameters, where they are not as the table says.
+        """
         graph = typed.graph
         for name, index in graph.params.items():
-            typed.types[index] = Type(self.params[absolute(fqn, name)].layout)
+            typed.types[index] = params[name] if params else Type(self.params[absolute(fqn, name)].layout)
         for index, value in enumerate(graph.values):
             if value.kind == "constant":
                 typed.types[index] = Type(Layout(tuple((length,) if length != 1 else () for length in value.shape)))
@@ -156,6 +172,8 @@ class Inference:
             self._point(typed, position, node, fqn)
         elif node.op == "block":
             self._block(typed, position, node, fqn)
+        elif node.op == "experts":
+            self._experts(typed, position, node, fqn)
         else:
             self._operator(typed, position, node, fqn)
 
@@ -239,6 +257,54 @@ class Inference:
         for index, kind in zip(node.outputs, outputs, strict=True):
             if index is not None:
                 typed.types[index] = kind
+
+    def _experts(self, typed: TypedGraph, position: int, node: Node, fqn: str) -> None:
+        """A call of an experts module: its operands, and then its forward on the rows that a rank receives."""
+        refs = node.operands
+        kinds = tuple(kind for ref in refs if (kind := typed.types[ref.index]) is not None)
+        if len(kinds) < len(refs):
+            return
+        call = Call(node, typed.graph.values, kinds, self.sizes, refs)
+        full = self.kin.canonical(absolute(fqn, node.func.fqn))
+        try:
+            answer, layouts = type_experts(call)
+            body = self._body_of(typed, position, full, layouts)
+            if body is None:
+                return
+            result = body.types[body.graph.outputs[0]]
+            if result is None:
+                return
+            answer = with_result(answer, result)
+        except Refusal as refusal:
+            self._refuse(typed, position, fqn, refusal, refs)
+            return
+        typed.bodies[position] = body
+        typed.consumed[position] = answer.consumed
+        target = node.outputs[0]
+        assert target is not None, "an experts module gives a tensor"
+        typed.types[target] = answer.outputs[0]
+
+    def _body_of(self, typed: TypedGraph, position: int, fqn: str, layouts: Mapping[str, Layout]) -> TypedGraph | None:
+        """The typed forward of an experts module on a rank; None where something in it was refused.
+
+        Raises:
+            Refusal: where it cannot be recorded on a rank's part of its parameters.
+        """
+        node = typed.graph.nodes[position]
+        hidden, weights = (typed.graph.values[node.args[at].index] for at in (0, 1))
+        attributes = self.attributes(fqn, node.func.module, ("ep",))
+        shapes = {name: layout.global_shape(self.sizes) for name, layout in layouts.items()}
+        graph = node.func.record(hidden, weights, shapes, attributes)
+        key = (id(graph), tuple(layouts.items()))
+        if key not in self.bodies:
+            inner = self.bodies[key] = TypedGraph(graph, fqn, [None] * len(graph.values))
+            for index in graph.inputs:
+                inner.types[index] = Type(replicated(graph.values[index].shape))
+            self.stack.append((typed, position))
+            self._body(inner, fqn, {name: Type(layout) for name, layout in layouts.items()})
+            self.stack.pop()
+        inner = self.bodies[key]
+        return inner if all(kind is not None for kind in inner.types) else None
 
     def _block_key(self, block: Block, fqn: str) -> int:
         """A number for what the table says of a block: its parameters' layouts and the rules at its points."""
@@ -431,10 +497,10 @@ def type_operator(call: Call) -> Typed:
     whole = all_replicated(call) and not any(kind.uniform for kind in call.types)
     if whole and not random and (call.node.func not in RULES or not _is_view_or_fill(call)):
         # Every rank computes the same.
-        return as_replicated(call)
+        return as_zeros(call, as_replicated(call))
     found = RULES.get(call.node.func)
     if found is not None:
-        return found(call)
+        return as_zeros(call, found(call))
     if is_pointwise(call.node.func):
         return pointwise(call)
     raise Refusal(
@@ -448,6 +514,18 @@ def type_operator(call: Call) -> Typed:
         ),
         advice=(f'give it one: ss.register_rule(torch.ops.{call.node.func}, "...", samples=[...])',),
     )
+
+
+def as_zeros(call: Call, answer: Typed) -> Typed:
+    """The answer, which says so where the result is all zeros."""
+    copied = call.node.op in UNSAID and call.types[0].zero
+    if call.node.op not in ZEROS and not copied:
+        return answer
+    return Typed(tuple(evolve(kind, zero=True) for kind in answer.outputs), answer.consumed)
+
+
+ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
+"""Operators whose results are all zeros."""
 
 
 def check_write(call: Call, answer: Typed) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -226,6 +226,7 @@ SAVES_NOTHING = POINT_LIKE | MOVES_ONLY
 def run_again(typed: TypedProgram, again: tuple[str, ...]) -> set[str]:
     """The points that run again where the modules `again` are rematerialised.
 
+    Of an experts module, `:exchange` and `:return`: the way there is run again for its forward's sake.
     torch.utils.checkpoint stops once it has all that was saved, so that what follows the last operator that saves
     anything does not run again.
     """
@@ -237,6 +238,9 @@ def run_again(typed: TypedProgram, again: tuple[str, ...]) -> set[str]:
         name = (graph.names.get(position) or str(node.func[0])) if is_point else node.path
         place = absolute(fqn, name)
         inside = [module for module in again if place.startswith(f"{module}.") or (place == module and not is_point)]
+        if node.op == "experts" and inside:
+            found.add(f"{place}:exchange")
+            found |= {f"{place}:return"} if not ended.isdisjoint(inside) else set()
         if node.op not in SAVES_NOTHING and not is_idle(node):
             ended.update(inside)
         elif is_point and not ended.isdisjoint(inside):
@@ -267,24 +271,30 @@ def unit_collectives(
 ) -> Iterator[Collective]:
     """What FSDP2 moves: gather forward, gather again backward (not the root, nor the last unit), scatter gradients."""
     for unit in units:
-        stored = [params[name] for name in unit.params if params[name].storage]
-        if not stored:
-            continue
-        axes = stored[0].storage
-        where = fold(unit.name) or "(root)"
-        whole = [_padded(plan, mesh) * _itemsize(plan.dtype) for plan in stored]
-        gathered = sum(whole)
-        over = in_order(axes)
-        moved = functools.partial(Collective, where=where, count=1)
-        yield moved(kind="all_gather", axes=over, phase="forward", bytes=gathered, why="parameters")
-        if unit.name not in ("", last) and chosen(policy.reshard_after_forward, unit.name):
-            yield moved(kind="all_gather", axes=over, phase="backward", bytes=gathered, why="parameters")
-        trained = sum(size for size, plan in zip(whole, stored, strict=True) if plan.trained)
-        if trained:
-            yield moved(kind="reduce_scatter", axes=over, phase="backward", bytes=trained, why="gradients")
-            if mesh["dp"] > 1:
-                share = trained // degree(mesh, axes)
-                yield moved(kind="all_reduce", axes=("dp",), phase="backward", bytes=share, why="gradients")
+        held = [params[name] for name in unit.params if params[name].storage]
+        for axes in dict.fromkeys(plan.storage for plan in held):
+            yield from _stored_collectives(unit, [plan for plan in held if plan.storage == axes], mesh, last, policy)
+
+
+def _stored_collectives(
+    unit: UnitPlan, stored: Sequence[ParamPlan], mesh: Mesh, last: str, policy: Policy
+) -> Iterator[Collective]:
+    """What FSDP2 moves of the parameters of a unit that are stored over the same axes."""
+    axes = stored[0].storage
+    where = fold(unit.name) or "(root)"
+    whole = [_padded(plan, mesh) * _itemsize(plan.dtype) for plan in stored]
+    gathered = sum(whole)
+    over = in_order(axes)
+    moved = functools.partial(Collective, where=where, count=1)
+    yield moved(kind="all_gather", axes=over, phase="forward", bytes=gathered, why="parameters")
+    if unit.name not in ("", last) and chosen(policy.reshard_after_forward, unit.name):
+        yield moved(kind="all_gather", axes=over, phase="backward", bytes=gathered, why="parameters")
+    trained = sum(size for size, plan in zip(whole, stored, strict=True) if plan.trained)
+    if trained:
+        yield moved(kind="reduce_scatter", axes=over, phase="backward", bytes=trained, why="gradients")
+        if mesh["dp"] > 1:
+            share = trained // degree(mesh, axes)
+            yield moved(kind="all_reduce", axes=("dp",), phase="backward", bytes=share, why="gradients")
 
 
 def _padded(plan: ParamPlan, mesh: Mesh) -> int:
@@ -566,11 +576,11 @@ def constraints(typed: TypedProgram) -> tuple[Constraint, ...]:
     claims, mesh = typed.claims, typed.mesh
     known = claims.sizes.known
     found: list[Constraint] = []
-    split: dict[tuple[Entry, tuple[int, ...]], tuple[str, bool]] = {}
+    split: dict[tuple[Entry, tuple[int, ...]], tuple[str, bool, bool]] = {}
     for name, claim in claims.params.items():
-        split.setdefault((claim.entry, claim.shape), (name, True))
+        split.setdefault((claim.entry, claim.shape), (name, True, claim.expert))
     for name, index in typed.program.entries.items():
-        split.setdefault((claims.points[name], typed.program.values[index].shape), (name, False))
+        split.setdefault((claims.points[name], typed.program.values[index].shape), (name, False, False))
     seen: set[int] = set()
     for fqn, graph, _ in calls(typed.forward, typed.backward, ""):
         if id(graph) in seen:
@@ -579,10 +589,10 @@ def constraints(typed: TypedProgram) -> tuple[Constraint, ...]:
         values, nodes = graph.graph.values, graph.graph.nodes
         for position, step in graph.transitions.items():
             shape = values[nodes[position].args[0].index].shape
-            split.setdefault((step.entry, shape), (absolute(fqn, graph.names[position]), False))
+            split.setdefault((step.entry, shape), (absolute(fqn, graph.names[position]), False, False))
         for position, facts in graph.divides.items():
             node = nodes[position]
             found += [Constraint(axes, number, "", absolute(fqn, node.path), node.location) for axes, number in facts]
-    for (entry, shape), (name, storage) in split.items():
-        found += divisors(entry, name, shape, known, mesh, storage=storage)
+    for (entry, shape), (name, storage, expert) in split.items():
+        found += divisors(entry, name, shape, known, mesh, storage=storage, expert=expert)
     return strongest(found)

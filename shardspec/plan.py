@@ -92,6 +92,8 @@ class Collective:
     """The rule, or what it is for."""
     stage: int | None = None
     """The stage of a pipeline whose ranks make it; None: all do."""
+    expected: bool = False
+    """Whether `bytes` is what is expected: the message's length hangs on what a router chooses."""
 
     @property
     def total_bytes(self) -> int:
@@ -122,6 +124,24 @@ class Substitution:
     """The global size of the vocabulary."""
     layout: Layout | None = None
     """Of what random numbers are drawn for, whose global index keys them."""
+
+
+@frozen(kw_only=True)
+class ExpertsPlan:
+    """How an experts module runs on a rank."""
+
+    name: str
+    count: int
+    """Experts over all ranks."""
+    tokens: Layout
+    """Of the ids: tokens, and the choices of each."""
+    features: int
+    exchanged: bool
+    """Whether its experts are laid over ep, so that rows travel."""
+    hidden_axes: tuple[str, ...] = ()
+    """The axes over which it sums the gradient of the rows that enter it."""
+    weights_axes: tuple[str, ...] = ()
+    """Likewise of their weights."""
 
 
 @frozen(kw_only=True)
@@ -207,6 +227,8 @@ class Plan:
     last_unit: str = ""
     """The unit that runs last, which stays gathered until its backward."""
     pipeline: PipelinePlan | None = None
+    experts: Mapping[str, ExpertsPlan] = field(factory=dict)
+    """FQN -> how an experts module runs."""
     legal: Any = field(default=None, eq=False, repr=False)
     """Checks another mesh; absent from a plan that was read from a file."""
 

@@ -5,6 +5,7 @@ called: their nodes live in a `Block`, whose inputs are the values that enter it
 """
 
 import linecache
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -108,6 +109,23 @@ class BlockCall:
 
     block: Block
     fqn: str
+
+
+@frozen(eq=False)
+class ExpertsCall:
+    """The `func` of a node that stands for a whole call of an experts module: (hidden, weights, ids, *parameters).
+
+    Its body is recorded apart, once its parameters have shapes: those of a rank, which has some of the experts.
+    """
+
+    fqn: str
+    """Of the module, relative to the graph."""
+    module: Any
+    """The model's own, which is only read."""
+    names: tuple[str, ...] = ()
+    """Of the parameters, relative to the module."""
+    record: Callable[[Value, Value, Mapping[str, tuple[int, ...]], Mapping[str, int]], Graph] | None = None
+    """hidden, weights, shapes of parameters, values of attributes -> its forward on a few rows, as one rank runs it."""
 
 
 @define(slots=True, eq=False)

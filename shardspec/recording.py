@@ -1,17 +1,19 @@
 """Record a model's forward as a program: every module boundary a point, repeated blocks run once."""
 
 import functools
+import re
 import sys
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from attrs import define
+from attrs import define, evolve
 from torch import nn
 
+from shardspec.bodies import record_body
 from shardspec.nests import distinct, replace_tensors, tensor_leaves
-from shardspec.program import Block, BlockCall, Node, Program, Ref, Value, tensors
+from shardspec.program import Block, BlockCall, ExpertsCall, Graph, Node, Program, Ref, Value, tensors
 from shardspec.survey import Survey
 from shardspec.torch_private import no_torch_function
 from shardspec.tracing import Tracer, is_ours, run, user_line
@@ -23,17 +25,20 @@ def trace(
     inputs: Mapping[str, Any],
     loss_fn: Callable[..., Any] | None = None,
     training: bool | None = None,
+    experts: str | None = None,
 ) -> Program:
     """Record forward, and the loss if one is given, on the global shapes; the model is only read.
 
     Args:
         inputs: the global batch; entries named as forward's arguments go to forward, all go to the loss.
+        experts: matches the modules that follow the experts protocol, whose calls are taken whole.
 
     Raises:
         HostRead: the model reads a value that is not known before it runs.
     """
     program = Program()
     tracer = Recorder(program, names)
+    tracer.whole = re.compile(experts) if experts is not None else None
     ghost = Twin(
         names.model,
         lambda name, tensor: tracer.hold(name, lambda: to_meta(tensor)),
@@ -80,9 +85,27 @@ class Recorder(Tracer):
     def _shape(self, module: nn.Module, fqn: str) -> Any:
         """What two blocks share that run the same code: the survey's structure, or what can be read off a nested
         block or one that shares tensors."""
+        whole = tuple(path for path, _ in module.named_modules() if self.takes_whole(f"{fqn}.{path}" if path else fqn))
         if len(self.frames) == 1 and fqn in self.blocks:
-            return self.blocks[fqn]
-        return self._traits(module, fqn)
+            return self.blocks[fqn], whole
+        return self._traits(module, fqn), whole
+
+    def experts_call(self, module: nn.Module, fqn: str, relative: str, names: tuple[str, ...]) -> ExpertsCall:
+        call = super().experts_call(module, fqn, relative, names)
+        # Its forward is recorded later, apart: whatever it holds may be read there.
+        for child in module.modules():
+            self.reads += [(child, name) for name in child.__dict__ if name not in MODULE_STATE]
+        known: dict[Any, Graph] = {}
+
+        def record(
+            hidden: Value, weights: Value, shapes: Mapping[str, tuple[int, ...]], attributes: Mapping[str, int]
+        ) -> Graph:
+            key = (tuple(shapes.items()), tuple(attributes.items()))
+            if key not in known:
+                known[key] = record_body(call.module, self.originals, fqn, hidden, weights, shapes, attributes)
+            return known[key]
+
+        return evolve(call, record=record)
 
     def _record_block(
         self, module: nn.Module, fqn: str, forward: Callable[..., Any], args: Any, kwargs: Any, structure: Any

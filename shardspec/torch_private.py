@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch._library.custom_ops import CustomOpDef
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils import _python_dispatch, _pytree
@@ -101,6 +102,18 @@ def replace_trunc_normal(function: Callable[..., Tensor]) -> Callable[..., Tenso
     old = nn.init._no_grad_trunc_normal_
     nn.init._no_grad_trunc_normal_ = function
     return old
+
+
+def fsdp_mesh_info(mesh: DeviceMesh) -> Any:
+    """What FSDP2 keeps of a mesh that it stores over: of one dim, or of replicas and shards."""
+    if mesh.ndim == 1:
+        return FSDPMeshInfo(mesh, shard_mesh_dim=0)
+    return HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
+
+
+def placed_over(info: Any, placement: Shard) -> Any:
+    """Where FSDP2 is to store a parameter: over the mesh of its call, where `info` is None."""
+    return placement if info is None else ShardPlacementResult(placement, info)
 
 
 def fsdp_records(root: nn.Module) -> dict[str, Any]:
@@ -302,6 +315,11 @@ def forget_collectives(group: Any) -> None:
 def collectives_ended(group: Any) -> bool:
     """Whether a run was ended and threads of it may be left."""
     return group._terminate.is_set()
+
+
+def in_backward() -> bool:
+    """Whether autograd runs: a forward that runs now is run again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def storage_key(tensor: Tensor) -> int:

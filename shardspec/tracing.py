@@ -4,11 +4,13 @@ import copy
 import functools
 import inspect
 import os
+import re
 import sys
 import traceback
 import types
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from shardspec import functional
 from shardspec.aliasing import PARAMETER_WRITE, Aliases, writes, written
 from shardspec.diagnostics import Location, shorten
 from shardspec.nests import distinct, tensor_leaves
-from shardspec.program import Block, Graph, Node, Program, Ref, Value, tensors
+from shardspec.program import Block, ExpertsCall, Graph, Node, Program, Ref, Value, tensors
 from shardspec.rules.operator import RULES
 from shardspec.torch_private import (
     OpOverload,
@@ -67,6 +69,13 @@ class GradientHookError(HostRead):
     advice = "write what is done to the gradient in a step of your own, on what grad_fn gives"
 
 
+class ProtocolError(HostRead):
+    """A module that `experts=` names does not follow the protocol."""
+
+    code = "SS332"
+    advice = "name in experts= the module that holds the stacked weights, and call it with these three"
+
+
 @define(slots=True, eq=False)
 class _Frame:
     """The graph under construction and where each tensor object stands in it."""
@@ -93,6 +102,12 @@ class Tracer(TorchDispatchMode):
         self.aliases = Aliases()
         self.captured: list[list[torch.Tensor]] = []
         self.signatures: dict[type, list[str]] = {}
+        self.whole: re.Pattern[str] | None = None
+        """Matches the FQNs of the modules that follow the experts protocol."""
+
+    def takes_whole(self, fqn: str) -> bool:
+        """Whether a module follows the experts protocol: its call is one operation."""
+        return self.whole is not None and self.whole.fullmatch(fqn) is not None
 
     @property
     def frame(self) -> _Frame:
@@ -310,7 +325,8 @@ class Tracer(TorchDispatchMode):
     def attach(self, fqn: str, module: nn.Module) -> None:
         """Route a module's forward through this tracer."""
         if fqn:
-            module.__dict__["forward"] = functools.partial(self.call, module, fqn, module.forward)
+            call = self.experts if self.takes_whole(fqn) else self.call
+            module.__dict__["forward"] = functools.partial(call, module, fqn, module.forward)
 
     def hold(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Make a parameter or buffer behind the program's back, and know it by its name in the model."""
@@ -336,6 +352,28 @@ class Tracer(TorchDispatchMode):
         finally:
             self.path = outer
         return self._outputs(relative, out)
+
+    def experts(self, module: nn.Module, fqn: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """One call of an experts module, as one operation on hidden [N, D], ids [N, k], weights [N, k]."""
+        del forward
+        relative = fqn[len(self.frame.prefix) :]
+        args, kwargs = self._inputs(module, relative, args, kwargs)
+        hidden, ids, weights = protocol_arguments(module, fqn, args, kwargs)
+        held = dict(module.named_parameters())
+        outer, self.path = self.path, relative
+        try:
+            with no_torch_function(), no_torch_dispatch():
+                out = torch.empty(hidden.shape, dtype=hidden.dtype, device="meta")
+            func = self.experts_call(module, fqn, relative, tuple(held))
+            out = self.append(func, "experts", (hidden, weights, ids, *held.values()), {}, out)
+        finally:
+            self.path = outer
+        return self._outputs(relative, out)
+
+    def experts_call(self, module: nn.Module, fqn: str, relative: str, names: tuple[str, ...]) -> ExpertsCall:
+        """What a node says of the experts module that it calls."""
+        del module
+        return ExpertsCall(relative, self.model.get_submodule(fqn), names)
 
     def _inputs(self, module: nn.Module, fqn: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         names = self._argument_names(module)
@@ -433,6 +471,34 @@ class Tracer(TorchDispatchMode):
         entered = [tensor for tensor in entered if id(tensor) not in names]
         return block, entered + captured, out
 
+
+def protocol_arguments(module: nn.Module, fqn: str, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+    """hidden [N, D], ids [N, k] and weights [N, k] of a call of an experts module.
+
+    Raises:
+        ProtocolError: for a call or a module that does not follow the protocol.
+    """
+    names = argument_names(type(module).forward)[1:]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    tensors_ = [given[name] for name in names if name in given]
+    buffers = [name for name, _ in module.named_buffers()]
+    if buffers:
+        raise ProtocolError(f"the experts module {fqn} holds a buffer, {buffers[0]}", why=PROTOCOL)
+    told = ", ".join(f"{name} {list(i.shape) if isinstance(i, torch.Tensor) else repr(i)}" for name, i in given.items())
+    if len(args) + len(kwargs) != 3 or not all(isinstance(item, torch.Tensor) for item in tensors_):
+        raise ProtocolError(f"the experts module {fqn} is called with ({told})", why=PROTOCOL)
+    hidden, ids, weights = tensors_
+    shapes = hidden.ndim == ids.ndim == weights.ndim == 2 and ids.shape == weights.shape
+    whole = not ids.is_floating_point() and hidden.is_floating_point() and weights.is_floating_point()
+    if not (shapes and hidden.shape[0] == ids.shape[0] and whole):
+        raise ProtocolError(f"the experts module {fqn} is called with ({told})", why=PROTOCOL)
+    return hidden, ids, weights
+
+
+PROTOCOL = (
+    "experts= names modules with forward(hidden [N, D], topk_ids [N, k], topk_weights [N, k]) -> [N, D], whose "
+    "parameters are stacked over experts on dim 0"
+)
 
 OF_BACKWARD: dict[Any, str] = {
     **{inspect.getattr_static(torch.Tensor, asked).__get__: asked for asked in ("requires_grad", "grad_fn", "is_leaf")},
@@ -573,21 +639,28 @@ def run(tracer: Tracer, model: nn.Module, batch: Mapping[str, Any], loss_fn: Cal
     program = tracer.frames[0].graph
     assert isinstance(program, Program)
     arguments = {name: value for name, value in batch.items() if name in forward_arguments(model)}
+    with recording(tracer):
+        out = model(**arguments)
+        program.outputs = [ref.index for ref in tensors(tracer.refs(out))]
+        program.forward_nodes = len(program.nodes)
+        if loss_fn is not None:
+            tracer.path = "loss"
+            try:
+                out = loss_fn(out, dict(batch))
+            except Exception as error:
+                error.add_note(IN_THE_LOSS)
+                raise
+        program.result = tracer.refs(out)
+    return out
+
+
+@contextmanager
+def recording(tracer: Tracer) -> Generator[None]:
+    """Have a tracer see all that runs, as forward would run in a step, and without autograd."""
     with torch.inference_mode(), torch.no_grad():
         set_grad_enabled(True)
         with Whole(tracer), tracer:
-            out = model(**arguments)
-            program.outputs = [ref.index for ref in tensors(tracer.refs(out))]
-            program.forward_nodes = len(program.nodes)
-            if loss_fn is not None:
-                tracer.path = "loss"
-                try:
-                    out = loss_fn(out, dict(batch))
-                except Exception as error:
-                    error.add_note(IN_THE_LOSS)
-                    raise
-            program.result = tracer.refs(out)
-    return out
+            yield
 
 
 def refuse_gradient_hooks(model: nn.Module) -> None:
@@ -619,6 +692,10 @@ ON_A_SHARE = (
 
 def _after_accumulation(parameter: nn.Parameter) -> bool:
     return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+OF_AN_OPERATOR = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
+"""What an operator raises for arguments that do not fit: the model's mistake wherever it surfaces."""
 
 
 def raised_here(error: BaseException) -> bool:

@@ -1,5 +1,6 @@
 """Type a program, forward and backward."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from shardspec.cotangent import Backward, Cotangents
@@ -27,6 +28,7 @@ from shardspec.rules import (
 from shardspec.rules.fit import layout_of
 from shardspec.rules.parse import Entry
 from shardspec.stages import Claims, TypedProgram
+from shardspec.units import resolve_attributes
 
 OPERATOR_FAMILIES = (
     attention,
@@ -63,7 +65,13 @@ def typecheck(program: Program, claims: Claims, mesh: Mesh, *, has_loss: bool, h
             cache[key] = None if problem else layout
         return cache[key]
 
-    inference = Inference(mesh.shape, claims.params, claims.points, declared, claims.kin, hinted)
+    def attributes(fqn: str, module: Any, axes: tuple[str, ...]) -> Mapping[str, int]:
+        held = {f"{fqn}.{name}" if name else fqn: child for name, child in module.named_modules()}
+        degrees = {axis: size for axis, size in mesh.shape.items() if axis in axes}
+        found, _ = resolve_attributes(claims.table.rules, held, degrees)
+        return found.get(fqn, {})
+
+    inference = Inference(mesh.shape, claims.params, claims.points, declared, claims.kin, hinted, attributes)
     forward = inference.program(program)
     cotangents = Cotangents(inference)
     seeds = [ref.index for ref in _seeds(program, has_loss) if forward.types[ref.index] is not None]

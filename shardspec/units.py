@@ -73,6 +73,19 @@ def _no_size(rules: Rules, pattern: str, name: str, module: object, attribute: s
     )
 
 
+def check_experts(rules: Rules, modules: Iterable[str]) -> Iterator[Diagnostic]:
+    """SS103 and SS211 for `experts=` that is no regex, or names no module."""
+    pattern = rules.experts or ""
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        place = rules.line_of(pattern)
+        yield Diagnostic(code="SS103", what=f'experts: r"{pattern}" is no regex: {error}', locations=(place,))
+        return
+    if not any(map(regex.fullmatch, modules)):
+        yield _unknown(rules, pattern, "experts", modules)
+
+
 def _twice(rules: Rules, name: str, one: str, two: str) -> Diagnostic:
     return Diagnostic(
         code="SS204",

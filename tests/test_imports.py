@@ -18,20 +18,20 @@ LAYERS = (
     "rules.table rules.operator peaks",
     "rules.parse rules.factors",
     (
-        "rules.attention rules.contraction rules.index rules.loss rules.pointwise rules.random rules.reduction "
+        "rules.attention rules.contraction rules.experts rules.index rules.loss rules.pointwise rules.random rules.reduction "
         "rules.scatter rules.spatial rules.view"
     ),
     "rules.match rules.fit rules.convolution rules.join",
     "survey",
     "kin",
     "tracing infer plan",
-    "summary",
+    "summary bodies",
     "recording cotangent placement units report artifact picture",
     "difference page",
     "stages memory",
     "dryrun packed",
     "arguments claims lower fixes explain",
-    "hazards batch typecheck footprint pipelining staging",
+    "exchange hazards batch typecheck footprint pipelining staging",
     "localrun",
     "moments",
     "residency",
@@ -43,6 +43,7 @@ LAYERS = (
     "runtime.parts",
     "runtime.arguments runtime.boundary runtime.recipe runtime.state",
     "runtime.attach runtime.init runtime.prefetch runtime.weights",
+    "runtime.experts",
     "runtime.apply",
     "runtime.stage",
     "runtime.pipeline",

@@ -193,25 +193,44 @@ def _two_sizes(
 
 
 def layout_of(
-    entry: Entry, name: str, shape: Sequence[int], known: Mapping[str, int], mesh: Mesh, *, storage: bool
+    entry: Entry,
+    name: str,
+    shape: Sequence[int],
+    known: Mapping[str, int],
+    mesh: Mesh,
+    *,
+    storage: bool,
+    expert: bool = False,
 ) -> tuple[Layout, Storage, Diagnostic | None]:
-    """The layout that an entry gives a tensor of `shape`; storage axes are left out of it and told apart."""
+    """The layout that an entry gives a tensor of `shape`; storage axes are left out of it and told apart.
+
+    Args:
+        expert: it is the weight of an experts module: on dim 0, ep is no storage.
+    """
     dims: list[tuple[Digit, ...]] = []
     stored = Storage()
     problem: Diagnostic | None = None
     for index, (dim, length) in enumerate(zip(dims_of(entry.spec, len(shape)), shape, strict=True)):
         kept = [axis for axis in dim.all_axes if mesh[axis] > 1]
-        live = [axis for axis in kept if not (storage and axis in STORAGE_AXES)]
+        storing = storage_axes(index, storage=storage, expert=expert)
+        live = [axis for axis in kept if axis not in storing]
         digits, error = _digits(dim, length, live, known, mesh)
         if error and problem is None:
             problem = _uneven(entry, name, dim, error, mesh, live)
         dims.append(canonical(digits))
-        if storage and any(axis in STORAGE_AXES for axis in kept):
-            stored = Storage(index, tuple(axis for axis in kept if axis in STORAGE_AXES))
+        if any(axis in storing for axis in kept):
+            stored = Storage(index, tuple(axis for axis in kept if axis in storing))
             if problem is None and uneven_storage(stored, local_size(dims[-1]), mesh):
                 problem = _uneven(entry, name, dim, (str(dim), length, True), mesh, [*live, *stored.axes], storage=True)
     pending = tuple(sorted((axis, SUM) for axis in entry.spec.pending if mesh[axis] > 1))
     return Layout(tuple(dims), pending), stored, problem
+
+
+def storage_axes(dim: int, *, storage: bool, expert: bool) -> tuple[str, ...]:
+    """The axes that on a dim say only how a tensor is stored: none where it is not stored, as activations are not."""
+    if not storage:
+        return ()
+    return tuple(axis for axis in STORAGE_AXES if axis != "ep" or dim != 0) if expert else STORAGE_AXES
 
 
 def uneven_storage(stored: Storage, rows: int, mesh: Mesh) -> bool:
@@ -220,12 +239,20 @@ def uneven_storage(stored: Storage, rows: int, mesh: Mesh) -> bool:
 
 
 def divisors(
-    entry: Entry, name: str, shape: Sequence[int], known: Mapping[str, int], mesh: Mesh, *, storage: bool
+    entry: Entry,
+    name: str,
+    shape: Sequence[int],
+    known: Mapping[str, int],
+    mesh: Mesh,
+    *,
+    storage: bool,
+    expert: bool = False,
 ) -> Iterator[Constraint]:
     """What must divide what for `layout_of` to give a layout, whatever the sizes of the axes."""
     for index, (dim, length) in enumerate(zip(dims_of(entry.spec, len(shape)), shape, strict=True)):
         kept = tuple(axis for axis in dim.all_axes if mesh[axis] > 1)
-        live = tuple(axis for axis in kept if not (storage and axis in STORAGE_AXES))
+        storing = storage_axes(index, storage=storage, expert=expert)
+        live = tuple(axis for axis in kept if axis not in storing)
         place = entry.location
         for factor in dim.factors:
             own = tuple(axis for axis in factor.axes if axis in live)

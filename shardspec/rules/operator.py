@@ -34,6 +34,8 @@ class Type:
 
     layout: Layout
     uniform: frozenset[int] = frozenset()
+    zero: bool = False
+    """Whether it was just made of zeros: a sum over ranks may take it for a share, as it is."""
 
 
 @define(eq=False)
@@ -271,7 +273,9 @@ def _pending(
             raise _pending_refusal(call, axis, [chooses], f"{call.operand(chooses)} says which elements are taken")
         if linear == FIRST and held != [0]:
             raise _pending_refusal(call, axis, held, f"{name_of(call)} is linear in {call.operand(0)} only")
-        other = next((i for i, pending in enumerate(kinds) if not pending and i not in fixed), None)
+        other = next(
+            (i for i, pending in enumerate(kinds) if not pending and i not in fixed and not call.types[i].zero), None
+        )
         if linear == JOINT and kind == SUM and (other is not None or scalars):
             whole = call.operand(other) if other is not None else "the number that is added"
             raise _pending_refusal(
@@ -339,9 +343,13 @@ def unify(
         )
         for names in outputs
     ]
+    shares = tuple(sorted(pending)) if linear == JOINT else ()
     consumed = [
         Type(
-            Layout(tuple(() if label is None else digits[label] for label in names), kind.layout.pending),
+            Layout(
+                tuple(() if label is None else digits[label] for label in names),
+                shares if kind.zero and not kind.layout.pending else kind.layout.pending,
+            ),
             _where(names, uniform),
         )
         for kind, names in zip(call.types, labels, strict=True)

@@ -108,6 +108,8 @@ class ParamClaim:
     """As compute sees it: gathered over the storage axes."""
     storage: Storage
     requires_grad: bool = True
+    expert: bool = False
+    """Whether its dim 0 is of experts, which ep lays out."""
 
 
 @define(eq=False)
@@ -142,7 +144,7 @@ def parse_table(rules: Rules) -> tuple[Table, list[Diagnostic]]:
         except SpecError as error:
             found.append(_bad_spec(rule, str(error)))
             continue
-        problems = list(_check_axes(rule, spec))
+        problems = list(_check_axes(rule, spec, stacked=rules.experts is not None))
         found += problems
         if not problems:
             entries[rule.kind].append(Entry(rule, regex, spec))
@@ -175,7 +177,7 @@ def _bad_spec(rule: Rule, message: str) -> Diagnostic:
     )
 
 
-def _check_axes(rule: Rule, spec: Spec) -> Iterator[Diagnostic]:
+def _check_axes(rule: Rule, spec: Spec, *, stacked: bool) -> Iterator[Diagnostic]:
     for axis in sorted({axis for axis in spec.axes if spec.axes.count(axis) > 1}):
         yield Diagnostic(
             code="SS207",
@@ -194,7 +196,7 @@ def _check_axes(rule: Rule, spec: Spec) -> Iterator[Diagnostic]:
             what = "a parameter" if rule.kind == "params" else "an activation"
             yield Diagnostic(code="SS208", what=f"{axis} on {what}", why=reason, locations=(rule.location,))
     if rule.kind == "params":
-        yield from _check_storage(rule, spec)
+        yield from check_storage(rule, as_stored(spec) if stacked else spec)
 
 
 def _check_sums(rule: Rule, spec: Spec) -> Iterator[Diagnostic]:
@@ -214,7 +216,15 @@ def _check_sums(rule: Rule, spec: Spec) -> Iterator[Diagnostic]:
             )
 
 
-def _check_storage(rule: Rule, spec: Spec) -> Iterator[Diagnostic]:
+def as_stored(spec: Spec) -> Spec:
+    """The spec of an expert weight without the ep that lays its experts out, for the rest says how it is stored."""
+    if not spec.dims or spec.dims[0].all_axes[:1] != ("ep",):
+        return spec
+    return evolve(spec, dims=(*without_axes(evolve(spec, dims=spec.dims[:1]), ("ep",)).dims, *spec.dims[1:]))
+
+
+def check_storage(rule: Rule, spec: Spec) -> Iterator[Diagnostic]:
+    """SS205, SS208 and SS209 for a parameter's spec that no storage fits."""
     if spec.ellipsis is not None:
         yield Diagnostic(
             code="SS205",

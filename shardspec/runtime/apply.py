@@ -24,9 +24,11 @@ from shardspec.torch_private import (
     bind_fsdp,
     bound_as_is,
     empty_padded,
+    fsdp_mesh_info,
     fsdp_records,
     local_of,
     materialise_fsdp,
+    placed_over,
     reset_fsdp,
 )
 
@@ -238,17 +240,24 @@ def _fully_shard(
 ) -> None:
     """FSDP2 on every unit that stores anything, the root last; gradients are sums."""
     named = dict(module.named_parameters())
-    dims = {id(parameter): params[name].storage_dim for name, parameter in named.items()}
+    plans = {id(parameter): params[name] for name, parameter in named.items()}
     ignored = {parameter for name, parameter in named.items() if not params[name].storage}
     # Casting what enters a unit would make a mesh with storage compute what one without does not.
     precision = MixedPrecisionPolicy(
         param_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype, cast_forward_inputs=False
     )
     axes = next(plan.storage for plan in params.values() if plan.storage)
-    mesh = storage_mesh(fabric, axes)
+    others = {plan.storage for plan in params.values() if plan.storage} - {axes}
+    # Expert weights are stored over fewer axes than the dense ones beside them: each family has a mesh of its own.
+    infos = {other: fsdp_mesh_info(storage_mesh(fabric, other)) for other in sorted(others)}
+
+    def place(parameter: nn.Parameter) -> Any:
+        plan = plans[id(parameter)]
+        return placed_over(infos.get(plan.storage), Shard(plan.storage_dim))
+
     common: dict[str, Any] = {
-        "mesh": mesh,
-        "shard_placement_fn": lambda parameter: Shard(dims[id(parameter)]),
+        "mesh": storage_mesh(fabric, axes),
+        "shard_placement_fn": place,
         "mp_policy": precision,
         "ignored_params": ignored,
     }

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from shardspec.functional import cross_entropy, name
 from shardspec.layout import global_size
 from shardspec.placement import digits_index
-from shardspec.plan import PointPlan, Substitution
+from shardspec.plan import ExpertsPlan, PointPlan, Substitution
 from shardspec.runtime import rng
 from shardspec.runtime.boundary import pass_point
 from shardspec.runtime.fabric import Fabric
@@ -32,6 +32,9 @@ class Wiring:
     fabric: Fabric
     points: Mapping[str, PointPlan] = field(factory=dict)
     substitutions: Mapping[str, Mapping[tuple[str, int], Substitution]] = field(factory=dict)
+    experts: Mapping[str, ExpertsPlan] = field(factory=dict)
+    tokens: dict[str, Tensor] = field(factory=dict)
+    """Experts module -> how many of this rank's assignments each expert got, in the microbatches so far."""
     rng: int = 0
     """The step's random key."""
     microbatch: int = 0

@@ -26,6 +26,7 @@ from shardspec.runtime.agreement import agree, details_of, fingerprint
 from shardspec.runtime.apply import LocalModel, apply, build_source, local_part
 from shardspec.runtime.arguments import as_optimizer, check_policy, unmatched_policy
 from shardspec.runtime.attach import Wiring, attach
+from shardspec.runtime.experts import attach_experts
 from shardspec.runtime.fabric import Fabric, check_world, connect, join_world
 from shardspec.runtime.failure import Notices
 from shardspec.runtime.gather import gather
@@ -166,8 +167,11 @@ class Sharded:
             for index, stage in self.local.stages.items():
                 done, foreign = self._hooked.setdefault(index, set()), self.local.foreign[index]
                 attach(stage.local.module, self.wiring, plan.points, plan.substitutions, done, foreign)
+                attach_experts(stage.local.module, self.wiring, plan.experts, done, foreign)
             return
-        attach(self.module, self.wiring, plan.points, plan.substitutions, self._hooked.setdefault(0, set()))
+        done = self._hooked.setdefault(0, set())
+        attach(self.module, self.wiring, plan.points, plan.substitutions, done)
+        attach_experts(self.module, self.wiring, plan.experts, done)
         for unit in self.units:
             if unit.modules and unit.name == plan.last_unit:
                 child = self.module.get_submodule(unit.modules[0])
@@ -176,7 +180,8 @@ class Sharded:
 
     def activate(self, plan: Plan) -> None:
         """Have the hooks follow a plan."""
-        self.wiring.points = plan.points
+        self.wiring.points, self.wiring.experts = plan.points, plan.experts
+        self.wiring.tokens.clear()
         self.wiring.substitutions = plan.local_calls
 
     # Batches.

@@ -1,0 +1,91 @@
+"""What the calls of experts modules come to on a rank: a plan for each, and the messages of its exchange."""
+
+from collections.abc import Iterator
+
+from shardspec.infer import TypedGraph, absolute
+from shardspec.lower import calls, in_order, run_again
+from shardspec.plan import Collective, ExpertsPlan
+from shardspec.stages import TypedProgram
+
+EXPECTED = "expected: rows chosen evenly"
+"""Of a message whose length hangs on what the router chooses."""
+
+
+def lower_experts(typed: TypedProgram) -> dict[str, ExpertsPlan]:
+    """FQN -> how an experts module runs; where it is called more than once, as in the call that a gradient passes."""
+    found: dict[str, ExpertsPlan] = {}
+    for fqn, graph, back in calls(typed.forward, typed.backward, ""):
+        for position in graph.bodies:
+            completed = back.completed.get(position) if back is not None else None
+            plan = experts_plan(graph, position, absolute(fqn, graph.graph.nodes[position].func.fqn), completed)
+            if plan.name not in found or completed is not None:
+                found[plan.name] = plan
+    return found
+
+
+def experts_plan(
+    graph: TypedGraph, position: int, name: str, completed: tuple[frozenset[str] | None, ...] | None
+) -> ExpertsPlan:
+    """The plan of one call; `completed` says what its backward does, if there is one."""
+    hidden, _, ids, *stacked = graph.consumed[position]
+    axes = [in_order(over or ()) for over in completed or ((), ())]
+    first = graph.graph.nodes[position].args[3].index
+    return ExpertsPlan(
+        name=name,
+        count=graph.graph.values[first].shape[0],
+        tokens=ids.layout,
+        features=hidden.layout.shape[1],
+        exchanged="ep" in stacked[0].layout.sharded,
+        hidden_axes=axes[0],
+        weights_axes=axes[1],
+    )
+
+
+def experts_collectives(typed: TypedProgram, again: tuple[str, ...]) -> Iterator[Collective]:
+    """The messages of each exchange, forward and backward; those inside `again` run once more in backward.
+
+    What a rank sends of its own tokens is exact. What it sends back, of the rows that chose its experts, is as long
+    where they are chosen evenly, and over all ranks together in any case.
+    """
+    twice = run_again(typed, again)
+    for fqn, graph, back in calls(typed.forward, typed.backward, ""):
+        for position in graph.bodies:
+            node, values = graph.graph.nodes[position], graph.graph.values
+            name = absolute(fqn, node.func.fqn)
+            completed = back.completed.get(position) if back is not None else None
+            plan = experts_plan(graph, position, name, completed)
+            hidden, weights = (values[node.args[at].index].dtype.itemsize for at in (0, 1))
+            tokens, choices = plan.tokens.shape
+            rows, shares = tokens * choices * plan.features * hidden, tokens * choices * weights
+            there = [("counts", plan.count * 8, False), ("rows", rows, False), ("weights", shares, False)]
+            sent: list[tuple[str, str, int, bool]] = []
+            if plan.exchanged:
+                sent += [("forward", *message) for message in there]
+                sent.append(("forward", "rows, back", rows, True))
+                sent += [("backward", *message) for message in there if f"{name}:exchange" in twice]
+                sent += [("backward", "rows, back", rows, True)] if f"{name}:return" in twice else []
+                if completed is not None:
+                    sent.append(("backward", "gradients of rows", rows, False))
+                    sent += [("backward", "gradients of rows, back", rows, True)] if completed[0] is not None else []
+                    sent += (
+                        [("backward", "gradients of weights, back", shares, True)] if completed[1] is not None else []
+                    )
+            for phase, what, size, expected in sent:
+                why = f"{what} ({EXPECTED})" if expected else what
+                yield Collective(
+                    kind="all_to_all", axes=("ep",), where=name, phase=phase, count=1, bytes=size, why=why,
+                    expected=expected,
+                )  # fmt: skip
+            yield from _completions(plan, name, tokens * plan.features * hidden, shares, alike=hidden == weights)
+
+
+def _completions(plan: ExpertsPlan, name: str, rows: int, shares: int, *, alike: bool) -> Iterator[Collective]:
+    """The sums of what the experts' forward owes the rows and weights that enter it; in one message where they can."""
+    messages = [(plan.hidden_axes, rows), (plan.weights_axes, shares)]
+    if alike and plan.hidden_axes == plan.weights_axes:
+        messages = [(plan.hidden_axes, rows + shares)]
+    for axes, size in messages:
+        if axes:
+            yield Collective(
+                kind="all_reduce", axes=axes, where=name, phase="backward", count=1, bytes=size, why="experts' inputs"
+            )
