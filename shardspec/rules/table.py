@@ -5,7 +5,7 @@ import difflib
 import functools
 import linecache
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from attrs import field, frozen
 
@@ -218,7 +218,7 @@ def _is_unit(unit: Any) -> bool:
     return isinstance(unit, str) or (isinstance(unit, tuple | list) and all(isinstance(part, str) for part in unit))
 
 
-def _wrong_kind(name: str, value: Any, wanted: str) -> None:
+def _wrong_kind(name: str, value: Any, wanted: str) -> NoReturn:
     refuse("SS103", f"{name} is {value!r}", why=f"it is {wanted}", locations=(calling_line(),))
 
 
