@@ -443,3 +443,15 @@ def test_what_is_wrong_in_every_layer_of_a_state_dict_is_told_once():
     said = diagnosis(lambda: sharded.load(cast))[1]
     assert "cast it: tensor.to(torch.float32)" in said
     assert said.count("error[") == 1
+
+
+@pytest.mark.parametrize("seed", ["0", -1, 1.5, True, None, 1 << 63])
+def test_a_seed_that_is_no_whole_number_is_refused(seed: Any):
+    sharded = shard(inputs=make_batch())
+    for begin in (
+        sharded.init,
+        lambda _, seed: sharded.load(sharded.state_dict(sharded.init(ss.sgd(lr=1.0))), seed=seed),
+    ):
+        codes, said = diagnosis(lambda begin=begin: begin(ss.sgd(lr=1.0), seed=seed))
+        assert codes == {"SS405"}
+        assert f"seed={seed!r}" in said

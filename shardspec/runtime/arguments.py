@@ -24,6 +24,21 @@ def check_policy(policy: Any) -> None:
         )
 
 
+def check_seed(seed: Any) -> None:
+    """SS405 for what is no seed: text, a fraction, or a number that a generator does not take."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < MOST_SEEDS:
+        refuse(
+            "SS405",
+            f"seed={seed!r}",
+            why="a seed is a whole number from 0 up, below 2^63: weights and dropout are drawn from it on every rank",
+            locations=(calling_line(),),
+            advice=("give seed=0, or another whole number",),
+        )
+
+
+MOST_SEEDS = 1 << 63
+
+
 def unmatched_policy(policy: Policy, units: tuple[UnitPlan, ...]) -> Iterator[Diagnostic]:
     """SS405 for a pattern of the policy that matches no unit."""
     names = [name for unit in units if unit.modules for name in (unit.name, *unit.modules)]

@@ -24,7 +24,7 @@ from shardspec.policy import Policy
 from shardspec.rules.match import fold, folded
 from shardspec.runtime.agreement import agree, details_of, fingerprint
 from shardspec.runtime.apply import LocalModel, apply, build_source, local_part
-from shardspec.runtime.arguments import as_optimizer, check_policy, unmatched_policy
+from shardspec.runtime.arguments import as_optimizer, check_policy, check_seed, unmatched_policy
 from shardspec.runtime.attach import Wiring, attach
 from shardspec.runtime.experts import attach_experts
 from shardspec.runtime.fabric import Fabric, check_world, connect, join_world
@@ -252,8 +252,9 @@ class Sharded:
 
         Raises:
             ShardingError: SS406 for a parameter or buffer that nothing gives a value, SS203 for a pattern of `init`
-                that matches nothing.
+                that matches nothing, SS405 for a seed that is none.
         """
+        check_seed(seed)
         names = [name for name, plan in self.params.items() if plan.first == name and not plan.buffer]
 
         def made() -> tuple[dict[str, Tensor], Mapping[str, str]]:
@@ -307,8 +308,9 @@ class Sharded:
 
         Raises:
             ShardingError: SS404 that lists every missing, surplus or misshapen entry; SS403 where ranks give
-                different weights.
+                different weights, SS405 for a seed that is none.
         """
+        check_seed(seed)
 
         def fits() -> tuple[None, Mapping[str, str]]:
             settle(misfits(state_dict, self.params, calling_line()))
