@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     "torch_private diagnostics names layout aliasing nests twin catalog",
     "mesh functional program moves schedule",
-    "policy",
+    "policy messages",
     "spec constraints balance timeline amounts",
     "rules.table rules.operator peaks",
     "rules.parse rules.factors",

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardspec.messages import orders_of
 from shardspec.schedule import (
     FOLDED,
     SCHEDULES,
@@ -368,3 +369,46 @@ def test_the_table_says_what_cannot_run():
     assert "cannot run" in rows["DualPipeV"]
     assert rows["GPipe"].endswith("| 60.0% | 2 |")  # (p - 1) / (m + p - 1) = 3 / 5
     assert set(FOLDED) < set(rows)
+
+
+# Messages
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("ranks", "count"), [(2, 4), (4, 8), (3, 12)])
+def test_a_send_is_let_go_of_only_when_its_coming_is_sure_whatever_the_speed_of_the_ranks(schedule, ranks, count):
+    """The receiving step happens before the one that lets go, by orders of ranks and by messages alone."""
+    virtual = stages_per_rank(schedule)
+    orders_run = orders_of(schedule, ranks, virtual, count)
+    places = placement(schedule, ranks, virtual)
+    needed = {"F": "RECV_F", "B": "RECV_B", "I": "RECV_B", "W": "RECV_B"}
+    before: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    where = {(step, rank): (rank, at) for rank, order in enumerate(orders_run.steps) for at, step in enumerate(order)}
+    consumed: dict[tuple[str, int, int], tuple[int, int]] = {}
+    for rank, order in enumerate(orders_run.steps):
+        received: set[tuple[str, int, int]] = set()
+        for at, (kind, stage, microbatch) in enumerate(order):
+            before[rank, at] = [(rank, at - 1)] if at else []
+            wanted = (needed.get(kind, ""), stage, microbatch)
+            if wanted in received and not (kind == "I" and stage == 0):
+                received.remove(wanted)
+                consumed[wanted] = (rank, at)
+                peer = stage - 1 if kind == "F" else stage + 1
+                sent = (wanted[0].replace("RECV", "SEND"), peer, microbatch)
+                before[rank, at].append(where[sent, places[peer]])
+            if kind.startswith("RECV"):
+                received.add((kind, stage, microbatch))
+    released = 0
+    for rank, told in enumerate(orders_run.acknowledged):
+        for at, sends in told.items():
+            reached, rest = set(), [(rank, at)]
+            while rest:
+                for one in before[rest.pop()]:
+                    if one not in reached:
+                        reached.add(one)
+                        rest.append(one)
+            for kind, stage, microbatch in sends:
+                released += 1
+                there = stage + 1 if kind == "SEND_F" else stage - 1
+                assert consumed[kind.replace("SEND", "RECV"), there, microbatch] in reached
+    assert released > len([step for order in orders_run.steps for step in order if "SEND" in step[0]]) / 3

@@ -11,13 +11,14 @@ import torch.distributed as dist
 from attrs import define, evolve, field
 from torch import Tensor, nn
 
+from shardspec.messages import orders_of
 from shardspec.plan import ParamPlan, PipelinePlan, UnitPlan
 from shardspec.policy import Policy
 from shardspec.runtime.apply import LocalModel, apply
 from shardspec.runtime.fabric import Fabric, storage_mesh
 from shardspec.runtime.stage import Stage, compute_dtype, foreign_modules, hollow_out
 from shardspec.staging import stage_units
-from shardspec.torch_private import hold_gradients, reduce_gradients, schedule_actions, wait_for_peer
+from shardspec.torch_private import hold_gradients, reduce_gradients, wait_for_peer
 
 
 class Whole(nn.Module):
@@ -151,7 +152,8 @@ class Flight:
     """(stage, microbatch) -> what its forward made and what it was given."""
     halves: dict[tuple[int, int], Any] = field(factory=dict)
     outgoing: dict[tuple[str, int, int], Tensor] = field(factory=dict)
-    sent: list[tuple[Any, Tensor]] = field(factory=list)
+    sent: dict[tuple[str, int, int], tuple[Any, Tensor]] = field(factory=dict)
+    """What was sent and may not have come yet: its work, and the tensor that must live so long."""
     left: dict[int, int] = field(factory=dict)
     """Stage -> backwards to come."""
 
@@ -161,7 +163,7 @@ class Flight:
         for index, part in self.staged.stages.items():
             part.follow(pipeline.stages[index])
         per_rank = len(pipeline.stages) // pipeline.degree
-        order = schedule_actions(pipeline.schedule, pipeline.degree, per_rank, pipeline.microbatches)
+        orders = orders_of(pipeline.schedule, pipeline.degree, per_rank, pipeline.microbatches, backward=self.backward)
         does: dict[str, Callable[[int, int], None]] = {
             "F": self._forward,
             "SEND_F": self._send,
@@ -173,10 +175,12 @@ class Flight:
             for index, stage in self.staged.stages.items():
                 self.left[index] = pipeline.microbatches
                 hold_gradients(stage.local.module)
-        for kind, stage, microbatch in order[self.fabric.coordinate["pp"]]:
-            if kind in does:
-                does[kind](stage, microbatch)
-        for work, _ in self.sent:
+        rank = self.fabric.coordinate["pp"]
+        for position, (kind, stage, microbatch) in enumerate(orders.steps[rank]):
+            does[kind](stage, microbatch)
+            for come in orders.acknowledged[rank].get(position, ()):
+                wait_for_peer(self.sent.pop(come)[0])
+        for work, _ in self.sent.values():
             wait_for_peer(work)
 
     # Messages.
@@ -208,11 +212,13 @@ class Flight:
 
     def _send(self, stage: int, microbatch: int) -> None:
         tensor = self.outgoing.pop(("F", stage, microbatch))
-        self.sent.append((self._post("SEND_F", stage + 1, microbatch, stage + 1, tensor, dist.isend), tensor))
+        work = self._post("SEND_F", stage + 1, microbatch, stage + 1, tensor, dist.isend)
+        self.sent["SEND_F", stage, microbatch] = (work, tensor)
 
     def _send_back(self, stage: int, microbatch: int) -> None:
         tensor = self.outgoing.pop(("B", stage, microbatch))
-        self.sent.append((self._post("SEND_B", stage, microbatch, stage - 1, tensor, dist.isend), tensor))
+        work = self._post("SEND_B", stage, microbatch, stage - 1, tensor, dist.isend)
+        self.sent["SEND_B", stage, microbatch] = (work, tensor)
 
     def _arrived(self, kind: str, stage: int, microbatch: int) -> Tensor:
         work, space = self.pending.pop((kind, stage, microbatch))
