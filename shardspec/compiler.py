@@ -370,10 +370,11 @@ def assemble(
     again = lowering.recomputed(units, policy)
     count = microbatch_count(policy, mesh)
     stepwise = evolve(policy, accumulate=count, microbatches=None)
+    dtype_of = lowering.compute_dtypes(params, policy)
     points = [
-        *lowering.point_collectives(typed, again),
+        *lowering.point_collectives(typed, again, dtype_of),
         *experts_collectives(typed, again),
-        *lowering.substitution_collectives(typed),
+        *lowering.substitution_collectives(typed, dtype_of),
     ]
     if pipeline is None:
         gathers = lowering.unit_collectives(params, units, typed.mesh, last, policy)

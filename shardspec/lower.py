@@ -12,6 +12,7 @@ from attrs import evolve
 from shardspec.constraints import Constraint, strongest
 from shardspec.cotangent import Backward
 from shardspec.diagnostics import Diagnostic, Location
+from shardspec.functional import accumulation_dtype
 from shardspec.infer import TypedGraph, absolute
 from shardspec.layout import Layout, dim_axes
 from shardspec.mesh import AXES, BATCH_AXES, Mesh, degree
@@ -186,8 +187,14 @@ def passed_points(
             yield absolute(fqn, graph.names[position]), (step.moves, backward), graph, position
 
 
-def point_collectives(typed: TypedProgram, again: tuple[str, ...]) -> Iterator[Collective]:
-    """The collectives of declared points, forward and backward; those inside `again` run once more in backward."""
+def point_collectives(
+    typed: TypedProgram, again: tuple[str, ...], dtype_of: Callable[[torch.dtype], torch.dtype]
+) -> Iterator[Collective]:
+    """The collectives of declared points, forward and backward; those inside `again` run once more in backward.
+
+    Args:
+        dtype_of: the dtype that a value has in compute, by the one that it was recorded with.
+    """
     sizes = typed.mesh.shape
     twice = run_again(typed, again)
     for fqn, graph, back in calls(typed.forward, typed.backward, ""):
@@ -201,7 +208,7 @@ def point_collectives(typed: TypedProgram, again: tuple[str, ...]) -> Iterator[C
             for phase, moves in phases:
                 for move in moves:
                     if move.is_collective:
-                        size = move.elements(sizes) * value.dtype.itemsize
+                        size = move.elements(sizes) * dtype_of(value.dtype).itemsize
                         yield Collective(
                             kind=move.kind,
                             axes=(move.axis,),
@@ -282,14 +289,16 @@ def _stored_collectives(
     """What FSDP2 moves of the parameters of a unit that are stored over the same axes."""
     axes = stored[0].storage
     where = fold(unit.name) or "(root)"
-    whole = [_padded(plan, mesh) * _itemsize(plan.dtype) for plan in stored]
-    gathered = sum(whole)
+    read, summed = policy.param_dtype, policy.reduce_dtype or policy.param_dtype
+    gathered = sum(_padded(plan, mesh) * (read.itemsize if read else _itemsize(plan.dtype)) for plan in stored)
     over = in_order(axes)
     moved = functools.partial(Collective, where=where, count=1)
     yield moved(kind="all_gather", axes=over, phase="forward", bytes=gathered, why="parameters")
     if unit.name not in ("", last) and chosen(policy.reshard_after_forward, unit.name):
         yield moved(kind="all_gather", axes=over, phase="backward", bytes=gathered, why="parameters")
-    trained = sum(size for size, plan in zip(whole, stored, strict=True) if plan.trained)
+    trained = sum(
+        _padded(plan, mesh) * (summed.itemsize if summed else _itemsize(plan.dtype)) for plan in stored if plan.trained
+    )
     if trained:
         yield moved(kind="reduce_scatter", axes=over, phase="backward", bytes=trained, why="gradients")
         if mesh["dp"] > 1:
@@ -307,6 +316,13 @@ def _padded(plan: ParamPlan, mesh: Mesh) -> int:
 
 def _itemsize(dtype: str) -> int:
     return getattr(torch, dtype).itemsize
+
+
+def compute_dtypes(params: Mapping[str, ParamPlan], policy: Policy) -> Callable[[torch.dtype], torch.dtype]:
+    """The dtype that a value has in compute, by the one that it was recorded with: what has the parameters' takes that
+    in which they are read."""
+    main = next((getattr(torch, plan.dtype) for plan in params.values() if not plan.buffer), torch.float32)
+    return lambda dtype: policy.param_dtype if policy.param_dtype and dtype == main else dtype
 
 
 def reduced_by_hand(plan: ParamPlan) -> tuple[str, ...]:
@@ -383,7 +399,9 @@ def substitution(graph: TypedGraph, position: int, path: str, ordinal: int) -> S
     return evolve(plain, axes=dim_axes(first.dims[dim]), size=shape[dim])
 
 
-def substitution_collectives(typed: TypedProgram) -> Iterator[Collective]:
+def substitution_collectives(
+    typed: TypedProgram, dtype_of: Callable[[torch.dtype], torch.dtype]
+) -> Iterator[Collective]:
     """Vocabulary-parallel cross-entropy: a maximum, and one sum for normaliser and picked logit."""
     for _, graph, _ in calls(typed.forward, typed.backward, ""):
         for position, lowering in graph.lowering.items():
@@ -391,8 +409,8 @@ def substitution_collectives(typed: TypedProgram) -> Iterator[Collective]:
                 continue
             labels = graph.consumed[position][1].layout
             logits = graph.consumed[position][0].layout
-            out = graph.graph.values[graph.graph.nodes[position].outputs[0] or 0]
-            rows = prod(labels.shape) * out.dtype.itemsize
+            read = graph.graph.values[graph.graph.nodes[position].operands[0].index]
+            rows = prod(labels.shape) * accumulation_dtype(dtype_of(read.dtype)).itemsize
             axes = dim_axes(logits.dims[-1])
             yield Collective(
                 kind="all_reduce",

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from attrs import frozen
+import torch
+from attrs import evolve, frozen
 
 from shardspec.aliasing import writes
 from shardspec.balance import balance, layer_costs
@@ -154,7 +155,7 @@ def lay(typed: TypedProgram, names: View, rules: Rules, mesh: Mesh, policy: Poli
                 names=tuple(names_on(stage, names, homes, readers)),
                 hollow=hollow.get(stage, ()),
                 dense=stage > 0 and any(map(overwrites, typed.program.nodes[: cut.begins[stage]])),
-                receives=received(typed, cut, stage) if stage else None,
+                receives=received(typed, cut, stage, policy.param_dtype) if stage else None,
             )
             for stage in range(stages)
         ),
@@ -374,6 +375,9 @@ def activation(typed: TypedProgram, name: str, index: int) -> ActivationPlan:
     return ActivationPlan(name=name, layout=typed.forward.layout(index), dtype=str(value.dtype).removeprefix("torch."))
 
 
-def received(typed: TypedProgram, cut: Cut, stage: int) -> ActivationPlan:
-    """What enters a stage's first layer."""
-    return activation(typed, f"{cut.layers[stage][0]}:in", cut.carried(stage))
+def received(typed: TypedProgram, cut: Cut, stage: int, dtype: torch.dtype | None) -> ActivationPlan:
+    """What enters a stage's first layer; a floating-point activation in the dtype that parameters are read in."""
+    found = activation(typed, f"{cut.layers[stage][0]}:in", cut.carried(stage))
+    if dtype is None or not typed.program.values[cut.carried(stage)].dtype.is_floating_point:
+        return found
+    return evolve(found, dtype=str(dtype).removeprefix("torch."))

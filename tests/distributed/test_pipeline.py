@@ -48,6 +48,8 @@ class Case:
     layers: int = 4
     other: parity.Family | None = None
     """Another family than Llama."""
+    dtype: torch.dtype | None = None
+    """In which parameters are read."""
 
     @property
     def family(self) -> parity.Family:
@@ -65,7 +67,9 @@ class Case:
 
     @property
     def policy(self) -> ss.Policy:
-        return ss.Policy(schedule=self.schedule, microbatches=self.microbatches, remat=self.remat)
+        return ss.Policy(
+            schedule=self.schedule, microbatches=self.microbatches, remat=self.remat, param_dtype=self.dtype
+        )
 
     def shard(self) -> Any:
         torch.set_default_dtype(torch.float64)
@@ -172,6 +176,8 @@ LOGGED = [
     Case("pp=2,tp=2", remat=True),
     Case("pp=2,tp=2", "ZBVZeroBubble", sp=False, tied=True),
     Case("pp=2,fsdp=2", "Interleaved1F1B"),
+    Case("pp=2,fsdp=2", "GPipe", dtype=torch.float32),
+    Case("pp=2,tp=2", dtype=torch.float32),
 ]
 
 
