@@ -276,10 +276,13 @@ THREADS = "threads"
 
 
 @contextmanager
-def thread_worlds() -> Generator[Any]:
+def thread_worlds(extend: Callable[[Any], Any]) -> Generator[Any]:
     """Give each thread process groups of its own, over torch's threaded ones; nothing of them is left behind.
 
-    What the caller's own thread had before it has again afterwards. Yields the class of the groups.
+    What the caller's own thread had before it has again afterwards. Yields torch's class of groups.
+
+    Args:
+        extend: makes of that class the one that is used; called the first time that a process has such worlds.
     """
     # Not imported with this file: the module registers a backend when it is.
     threaded: Any = import_module("torch.testing._internal.distributed.multi_threaded_pg")
@@ -287,7 +290,8 @@ def thread_worlds() -> Generator[Any]:
     if THREADS not in dist.Backend.backend_list:
         # Torch's own factory waits at a barrier in the store, which nothing ends where a rank has failed. The groups
         # need none: all ranks make them in one order, so that their names, by which ranks meet, are the same.
-        dist.Backend.register_backend(THREADS, lambda _store, rank, size, _timeout: group(rank, size), devices=["cpu"])
+        made = extend(group)
+        dist.Backend.register_backend(THREADS, lambda _store, rank, size, _timeout: made(rank, size), devices=["cpu"])
     isolate: Any = import_module("torch._C._distributed_c10d")._set_thread_isolation_mode
     isolate(True)
     threaded._install_threaded_pg()

@@ -51,7 +51,7 @@ LAYERS = (
     "runtime.contents runtime.step",
     "runtime.save",
     "runtime.restore",
-    "testing.simulate testing.local_call",
+    "testing.simulate testing.local_call testing.letters",
     "testing.bruteforce testing.plain testing.threads testing.golden testing.strategies testing.totality",
     "testing.trials testing.parity",
     "testing operators",

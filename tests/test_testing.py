@@ -84,7 +84,7 @@ def test_dropout_has_parity(mesh):
 def test_microbatches_and_rematerialisation_have_parity():
     policy = ss.Policy(accumulate=2, remat=True)
     assert_parity(untied, llama.RULES, SQUARE, BATCH, parity.loss_fn, policy=policy)
-    with pytest.raises(ValueError, match="accumulate needs a loss_fn"):
+    with pytest.raises(ValueError, match="microbatches need a loss_fn"):
         assert_parity(untied, llama.RULES, SQUARE, TOKENS, policy=policy)
 
 

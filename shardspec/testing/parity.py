@@ -104,7 +104,8 @@ def assert_parity(
         batch: the global batch of real tensors; floating ones are read in float64.
         loss_fn: `loss_fn(output, batch) -> (sum, weight)`. Without it: the sum of every floating output of forward
             times weights in [0.5, 1.5) that depend on the element's place alone.
-        policy: `accumulate`, `remat`, `reshard_after_forward`; dtypes and `compile` are set aside.
+        policy: `accumulate`, `remat`, `reshard_after_forward`, and under pp `schedule`, `microbatches`, `stages`;
+            dtypes and `compile` are set aside.
         seed: of what a constructor, the moved parameters and dropout draw.
         tolerance: of a difference, relative to the largest element of the same tensor (at least a thousandth of the
             largest of all gradients). A model that casts to float32 within may need more, about 1e-5.
@@ -119,22 +120,19 @@ def assert_parity(
     """
     check_arguments(rules, mesh, batch)
     check_alone()
-    if mesh["pp"] > 1:
-        refuse(
-            "SS214",
-            f"assert_parity on pp={mesh['pp']}",
-            why="its ranks are threads of this process, and threads have no send and receive",
-            advice=("compare on the mesh without pp, and train a few steps on both under torchrun",),
-        )
     check_batch(batch)
     check_values(batch)
     policy = evolve(policy or Policy(), param_dtype=None, reduce_dtype=None, compile=False)
+    count = microbatch_count(policy, mesh)
+    policy = evolve(policy, accumulate=1, microbatches=count) if mesh["pp"] > 1 else policy
     with in_float64(seed):
         own = own_model(model, seed, copy.deepcopy)
         batch = {name: wide(item) if isinstance(item, Tensor) else item for name, item in batch.items()}
         if loss_fn is None:
-            if max(policy.accumulate, policy.microbatches or 1) > 1:
-                raise ValueError("accumulate needs a loss_fn: the weights of the outputs are those of a whole batch")
+            if count > 1:
+                raise ValueError(
+                    f"{count} microbatches need a loss_fn: the weights of the outputs are those of a whole batch"
+                )
             plan = Compiler(survey(own), rules, policy).plan(mesh, batch)
             with torch.no_grad():
                 outputs = tensor_leaves(copy.deepcopy(own)(**_arguments(own, batch)))
@@ -208,7 +206,7 @@ class Subject:
 
     def measure(self, mesh: Mesh, clip: float | None) -> Found:
         """Run the runtime on this rank."""
-        sharded = shard(apart(self.model), self.rules, mesh, policy=self.policy)
+        sharded = shard(apart(self.model), self.rules, mesh, self.batch if mesh["pp"] > 1 else None, policy=self.policy)
         state = sharded.init(sgd(lr=LR), seed=self.seed)
         batch = sharded.local_batch(self.batch)
         (loss, metrics), grads = sharded.value_and_grad(self.loss_fn)(state.params, batch, state.rng)
@@ -279,17 +277,28 @@ class Comparison:
         factor = LR * min(1.0, self.clip / (self.norm + 1e-6))
         largest = max(float(grad.abs().max()) for grad in self.expected.grads.values() if grad.numel())
         wrong: set[str] = set()
+        held = self.held_on(rank)
         for name, plain in self.expected.grads.items():
+            if name not in held:
+                continue
             for difference in self._parts(rank, "gradient of ", name, found.grads[name], plain, 1e-3 * largest):
                 wrong.add(name)
                 yield difference
         for name, value in self.before.items():
             grad = self.expected.grads.get(name)
             plain = value if grad is None else value - factor * grad
-            if name not in wrong:
+            if name not in wrong and name in held:
                 yield from self._parts(rank, "updated ", name, found.params[name], plain, 1e-3)
         for name, plain in self.expected.buffers.items():
-            yield from self._parts(rank, "buffer ", name, found.buffers[name], plain, 1e-3)
+            if name in held:
+                yield from self._parts(rank, "buffer ", name, found.buffers[name], plain, 1e-3)
+
+    def held_on(self, rank: int) -> set[str]:
+        """The first names of the parameters and buffers that lie on a rank: all, or those of its stages."""
+        pipeline = self.plan.pipeline
+        if pipeline is None:
+            return {plan.first for plan in self.plan.params.values()}
+        return {name for stage in pipeline.on(self.mesh.coordinate(rank)["pp"]) for name in stage.params}
 
     def _numbers(self, rank: int, what: str, ours: float, plain: float) -> Iterator[Difference]:
         allowed = self.tolerance * max(1.0, abs(plain))

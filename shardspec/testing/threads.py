@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from attrs import define, field
 
+from shardspec.testing.letters import Letters, with_letters
 from shardspec.torch_private import (
     THREADS,
     collectives_ended,
@@ -58,7 +59,7 @@ class _Run:
     def _fail(self, rank: int, error: BaseException) -> None:
         self.reports.put((rank, True, error))
         if not self.over.is_set():
-            end_collectives(self.group)
+            _end(self.group)
 
 
 def run_ranks(world: int, function: Callable[[int], T], *, timeout: float = 300.0) -> list[T]:
@@ -75,7 +76,7 @@ def run_ranks(world: int, function: Callable[[int], T], *, timeout: float = 300.
         RuntimeError: where a rank of an earlier run never ended and still runs.
     """
     collecting = gc.isenabled()
-    with _ONE_RUN, thread_worlds() as group:
+    with _ONE_RUN, thread_worlds(_extended) as group:
         if collectives_ended(group):
             raise RuntimeError("a rank of an earlier run still runs in this process: start another one")
         run = _Run(world, function, group)
@@ -88,6 +89,17 @@ def run_ranks(world: int, function: Callable[[int], T], *, timeout: float = 300.
             _stop(run, threads)
             # The compiler keeps the collector off, each rank for itself: they may leave it in another's state.
             (gc.enable if collecting else gc.disable)()
+
+
+def _extended(group: Any) -> Any:
+    """The class of groups that ranks have; its messages are kept where torch keeps those of its collectives."""
+    group.letters = Letters()
+    return with_letters(group, group.letters, lambda: collectives_ended(group))
+
+
+def _end(group: Any) -> None:
+    end_collectives(group)
+    group.letters.wake()
 
 
 def _collect(run: _Run, threads: list[threading.Thread], deadline: float, timeout: float) -> list[Any]:
@@ -119,8 +131,9 @@ def _stop(run: _Run, threads: list[threading.Thread]) -> None:
     for thread in started:
         thread.join(0.0)
     if any(thread.is_alive() for thread in started):
-        end_collectives(run.group)
+        _end(run.group)
     for thread in started:
         thread.join(max(0.0, deadline - time.monotonic()))
     if not any(thread.is_alive() for thread in started):
         forget_collectives(run.group)
+        run.group.letters.held.clear()
