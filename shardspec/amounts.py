@@ -183,6 +183,27 @@ class Usage:
     """Kind -> the amounts of it of which one is the most, at whatever moment."""
 
 
+@frozen(kw_only=True)
+class PipelineUsage:
+    """What a pipeline's step holds."""
+
+    ranks: tuple[Usage, ...]
+    """By place on pp."""
+    stages: tuple[Usage, ...] = ()
+    """By stage, where a rank runs several: what it holds for that one alone."""
+
+    def of(self, stage: int | None) -> tuple[Usage, ...]:
+        """Those of all ranks, or that of a stage."""
+        return self.ranks if stage is None else ((self.stages or self.ranks)[stage],)
+
+    def most(self, kind: str, sizes: Sizes) -> tuple[int, ...]:
+        """By place on pp, the most bytes of a kind that a rank holds at a time, at given sizes of the axes."""
+        return tuple(
+            max((sum(evaluate(amount_of(rows), sizes).values()) for rows in dict(used.kinds)[kind]), default=0)
+            for used in self.ranks
+        )
+
+
 def rows_of(amount: Amount) -> tuple[Row, ...]:
     """An amount as rows: equal amounts give equal rows."""
     found = (Row(kind, term, number) for (kind, term), number in amount.items() if number)

@@ -7,7 +7,7 @@ from typing import Any
 import cattrs
 from attrs import fields
 
-from shardspec.amounts import Usage
+from shardspec.amounts import PipelineUsage, Usage
 from shardspec.diagnostics import ShardingError
 from shardspec.layout import Digit, Sum
 from shardspec.mesh import Mesh
@@ -103,7 +103,7 @@ def read_plan(text: str) -> Plan:
         raise ValueError(f"the plan has version {version!r}, this shardspec reads version {VERSION}")
     try:
         usage = kept["usage"]
-        counted = None if usage is None else CONVERTER.structure(usage, Usage)
+        counted = None if usage is None else CONVERTER.structure(usage, PipelineUsage if "ranks" in usage else Usage)
         rest = {name: value for name, value in kept.items() if name != "usage"}
         plan = CONVERTER.structure({**rest, "legal": None, "counted": counted}, Plan)
     except (cattrs.errors.BaseValidationError, KeyError, TypeError, ValueError, AttributeError) as error:

@@ -19,6 +19,7 @@ from shardspec.exchange import experts_collectives, lower_experts
 from shardspec.explain import attribute_edits, explain_differences
 from shardspec.fixes import Attempt
 from shardspec.hazards import hazards
+from shardspec.inflight import pipeline_usage
 from shardspec.kin import Kin, kindred
 from shardspec.mesh import AXES, Mesh
 from shardspec.pipelining import check_pipeline, lay, microbatch_count
@@ -406,5 +407,9 @@ def assemble(
         last_unit=last,
         pipeline=pipeline,
         experts=lower_experts(typed),
-        counted=None if pipeline is not None else lambda: usage(typed, params, units, last, stepwise, facts),
+        counted=(
+            (lambda: usage(typed, params, units, last, stepwise, facts))
+            if pipeline is None
+            else (lambda: pipeline_usage(typed, params, units, stepwise, pipeline, facts))
+        ),
     )

@@ -330,13 +330,19 @@ def differentiated(node: Node) -> tuple[Ref, ...]:
     return node.operands[:1] if node.op in AS_ANOTHER else node.operands
 
 
-def differentiable(typed: TypedGraph, live_inputs: tuple[bool, ...] = ()) -> set[int]:
-    """The values that a gradient reaches: floating point, and made from a parameter that wants one."""
+def differentiable(typed: TypedGraph, live_inputs: tuple[bool, ...] = (), *, params: bool = True) -> set[int]:
+    """The values that a gradient reaches: floating point, and made from what wants one.
+
+    Args:
+        live_inputs: which of the graph's inputs do.
+        params: whether parameters do, those that are trained.
+    """
     graph = typed.graph
-    if live_inputs in typed.live:
-        return typed.live[live_inputs]
+    key = (params, *live_inputs)
+    if key in typed.live:
+        return typed.live[key]
     live = {index for index, alive in zip(graph.inputs, live_inputs, strict=False) if alive}
-    live |= {index for index, value in enumerate(graph.values) if value.kind == "param" and value.requires_grad}
+    live |= {i for i, value in enumerate(graph.values) if params and value.kind == "param" and value.requires_grad}
     for position, node in enumerate(graph.nodes):
         if not node.grad or node.op == "detach":
             continue
@@ -348,10 +354,10 @@ def differentiable(typed: TypedGraph, live_inputs: tuple[bool, ...] = ()) -> set
             inner = typed.calls.get(position)
             if inner is None:
                 continue
-            inside = differentiable(inner, tuple(ref.index in live for ref in node.args))
+            inside = differentiable(inner, tuple(ref.index in live for ref in node.args), params=params)
             outs = [i for i, o in zip(node.outputs, inner.graph.outputs, strict=True) if o in inside and i is not None]
         live.update(outs)
-    typed.live[live_inputs] = live
+    typed.live[key] = live
     return live
 
 

@@ -46,6 +46,31 @@ class Record:
     """For each operand, its gradient; None where it wants none."""
     left: Amount = field(factory=dict)
     """What its backward leaves behind: the gradients of parameters."""
+    halves: "Halves | None" = None
+    """Its backward where the gradients of inputs come first and those of parameters later."""
+
+    def input_view(self) -> "Record":
+        """The same with the first of its halves for a backward."""
+        first = self.halves or Halves()
+        return evolve(self, backward=first.backward, grads=first.grads, left=NOTHING)
+
+
+@frozen(kw_only=True, eq=False)
+class Halves:
+    """A backward in two halves, as torch.distributed.pipelining runs one: nothing that is kept for it is let go of in
+    the first, which holds a gradient for each operator that the second begins at."""
+
+    backward: Peaks = NONE
+    """Of the half for inputs."""
+    grads: tuple[Origin | None, ...] = ()
+    held: Amount = field(factory=dict)
+    """Gradients that are held for the half for parameters."""
+    held_outputs: frozenset[int] = frozenset()
+    """The results whose gradients are held for it, in storages that are there already."""
+    over: Amount = field(factory=dict)
+    """What is kept behind the last operator with parameters, which goes when the first half ends."""
+    weights: Peaks = NONE
+    """Of the half for parameters, the most that one of its operators allocates."""
 
 
 class Watch(TorchDispatchMode):

@@ -53,7 +53,7 @@ class TypedGraph:
     bodies: dict[int, "TypedGraph"] = field(factory=dict)
     """Call of an experts module -> its forward, as a rank runs it on the rows that it receives."""
     live: dict[tuple[bool, ...], set[int]] = field(factory=dict)
-    """Which inputs want a gradient -> the values that one reaches."""
+    """Whether parameters want a gradient, and each input -> the values that one reaches."""
 
     def layout(self, index: int) -> Layout:
         """A value's layout."""

@@ -7,7 +7,18 @@ import sympy
 import torch
 from attrs import field, frozen
 
-from shardspec.amounts import NOTHING, Amount, Term, amount_of, evaluate, fixed, plus, stored
+from shardspec.amounts import (
+    NOTHING,
+    Amount,
+    PipelineUsage,
+    Term,
+    Usage,
+    amount_of,
+    evaluate,
+    fixed,
+    plus,
+    stored,
+)
 from shardspec.diagnostics import refuse
 from shardspec.layout import Sizes
 from shardspec.mesh import Mesh
@@ -70,7 +81,8 @@ class Memory(Mapping[str, sympy.Expr]):
 
     mesh: Mesh
     constraints: tuple[Any, ...]
-    resident_amount: Amount
+    residents: tuple[Amount, ...]
+    """What lies there between steps; for each place on pp, where the ranks of a pipeline are meant."""
     moments: tuple[tuple[str, Amount], ...]
     """(phase, all that is held): the moments that are the fullest at some sizes."""
     kinds: Mapping[str, tuple[Amount, ...]]
@@ -84,7 +96,7 @@ class Memory(Mapping[str, sympy.Expr]):
     @property
     def resident(self) -> sympy.Expr:
         """What lies there between steps: parameters, buffers, the optimizer's state, the batch."""
-        return expression(self.resident_amount)
+        return _largest(self.residents)
 
     def __getitem__(self, kind: str) -> sympy.Expr:
         if kind not in KINDS:
@@ -111,6 +123,13 @@ class Memory(Mapping[str, sympy.Expr]):
                 why="an axis of size one changes what runs: a plan for that mesh has formulas of its own",
                 advice=("compile the table for a mesh with those axes",),
             )
+        if mesh["pp"] != self.mesh["pp"]:
+            refuse(
+                "SS401",
+                f"the formulas are for pp={self.mesh['pp']}, and {mesh} has pp={mesh['pp']}",
+                why="another size of pp has other stages, of which other ranks run other actions",
+                advice=("compile the table for that mesh",),
+            )
         for fact in self.constraints:
             if not fact.holds(mesh):
                 refuse("SS401", f"the plan is not legal on {mesh}", why=f"it needs {fact}")
@@ -121,7 +140,7 @@ class Memory(Mapping[str, sympy.Expr]):
                 kind: max((evaluate(amount, mesh.shape).get(kind, 0) for amount in amounts), default=0)
                 for kind, amounts in self.kinds.items()
             },
-            resident=sum(evaluate(self.resident_amount, mesh.shape).values()),
+            resident=max(sum(evaluate(amount, mesh.shape).values()) for amount in self.residents),
             total=sum(fullest.values()),
             moment={kind: fullest.get(kind, 0) for kind in KINDS},
             phase=phase,
@@ -133,22 +152,52 @@ class Memory(Mapping[str, sympy.Expr]):
 
 def memory(plan: Plan, optimizer: Any = "adamw", stage: int | None = None) -> Memory:
     """The memory of a plan's step with an optimizer; see `Plan.memory`."""
-    if plan.pipeline is not None:
-        refuse("SS214", "plan.memory of a pipeline", why="the bytes in flight of a stage are not counted yet")
     if plan.usage is None:
         refuse("SS401", "the plan does not say what its step holds", why="it was put together by hand")
-    if stage not in (None, 0):
-        refuse("SS401", f"the plan has no stage {stage}", why="it is not pipelined: its one stage is 0")
-    trained = {
-        name: item for name, item in plan.params.items() if item.first == name and item.trained and not item.buffer
-    }
-    resident = plus(amount_of(plan.usage.resident), optimizer_state(optimizer, trained, plan.mesh))
-    moments = [(phase, plus(resident, amount_of(rows))) for phase, rows in plan.usage.moments] or [("update", resident)]
-    kinds: dict[str, tuple[Amount, ...]] = {kind: (_only(kind, resident),) for kind in KINDS}
-    kinds |= {kind: tuple(map(amount_of, rows)) for kind, rows in plan.usage.kinds}
+    stages = plan.pipeline.stages if plan.pipeline is not None else (None,)
+    if stage is not None and not (type(stage) is int and 0 <= stage < len(stages)):
+        why = f"its stages are 0 to {len(stages) - 1}" if plan.pipeline else "it is not pipelined: its one stage is 0"
+        refuse("SS401", f"the plan has no stage {stage}", why=why)
+    places = [_place(plan, optimizer, used, names) for used, names in _held(plan, stage)]
+    moments = [moment for place in places for moment in place[1]]
+    order = {id(amount): phase for phase, amount in moments}
+    kept = undominated(amount for _, amount in moments)
+    kinds = {kind: undominated(amount for place in places for amount in place[2].get(kind, ())) for kind in KINDS}
     return Memory(
-        mesh=plan.mesh, constraints=plan.constraints, resident_amount=resident, moments=tuple(moments), kinds=kinds
+        mesh=plan.mesh,
+        constraints=plan.constraints,
+        residents=undominated(resident for resident, _, _ in places),
+        moments=tuple((order[id(amount)], amount) for amount in kept),
+        kinds=kinds,
     )
+
+
+def _held(plan: Plan, stage: int | None) -> Iterator[tuple[Usage, set[str] | None]]:
+    """What a step holds on each place that is asked for, and the first names of the parameters there; None is all."""
+    if plan.pipeline is None or not isinstance(plan.usage, PipelineUsage):
+        yield plan.usage, None
+        return
+    places = [plan.pipeline.on(place) for place in range(plan.pipeline.degree)]
+    for used, own in zip(
+        plan.usage.of(stage), places if stage is None else [(plan.pipeline.stages[stage],)], strict=True
+    ):
+        yield used, {name for each in own for name in each.params}
+
+
+def _place(
+    plan: Plan, optimizer: Any, used: Usage, names: set[str] | None
+) -> tuple[Amount, list[tuple[str, Amount]], dict[str, tuple[Amount, ...]]]:
+    """Of one place on pp: what lies there between steps, its moments, its kinds."""
+    trained = {
+        name: item
+        for name, item in plan.params.items()
+        if item.first == name and item.trained and not item.buffer and (names is None or name in names)
+    }
+    resident = plus(amount_of(used.resident), optimizer_state(optimizer, trained, plan.mesh))
+    moments = [(phase, plus(resident, amount_of(rows))) for phase, rows in used.moments] or [("update", resident)]
+    kinds: dict[str, tuple[Amount, ...]] = {kind: (_only(kind, resident),) for kind in KINDS}
+    kinds |= {kind: tuple(map(amount_of, rows)) for kind, rows in used.kinds}
+    return resident, moments, kinds
 
 
 def optimizer_state(optimizer: Any, trained: Mapping[str, ParamPlan], mesh: Mesh) -> Amount:

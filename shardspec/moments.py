@@ -7,7 +7,7 @@ import torch
 from attrs import define, field, frozen
 
 from shardspec.amounts import NOTHING, Amount, as_kind, minus, plus
-from shardspec.footprint import KEPT, Origin, Record
+from shardspec.footprint import KEPT, Halves, Origin, Record
 from shardspec.infer import TypedGraph, absolute
 from shardspec.layout import Sizes
 from shardspec.peaks import NONE, Noted, Peaks
@@ -49,6 +49,9 @@ class Setting:
     inside: Mapping[str, tuple[Any, ...]]
     """Module -> what units and policy say of the modules within it: alike for blocks that are walked once."""
     accumulate: int
+    adds: bool
+    """Whether every gradient is added to one that is there: a later microbatch of a pipeline's stage, whose stored
+    parameters stay gathered and have whole gradients to the end."""
     casts: bool
     """Whether compute reads casts of parameters."""
     dtype_of: Callable[[torch.dtype], torch.dtype]
@@ -104,6 +107,8 @@ class Gradients:
     """Value -> storage."""
     size: dict[int, Amount] = field(factory=dict)
     users: dict[int, int] = field(factory=dict)
+    kept: set[int] = field(factory=set)
+    """Storages that are held to the end."""
 
     def make(self, amount: Amount) -> int:
         """A new storage that nobody uses yet."""
@@ -148,6 +153,10 @@ class Timeline:
     """The units whose all-gather has begun, and whose parameters are not copied out yet."""
     message: Amount = NOTHING
     """The flat result of the last all-gather, or the flat input of the last reduce-scatter."""
+    joins: Mapping[int, frozenset[int]] | None = None
+    """In the half of a backward that is for inputs: node -> the results whose gradients are held for the other."""
+    held: Amount = NOTHING
+    held_seeds: set[int] = field(factory=set)
 
     def record(self) -> Record:
         """The graph as one operator that reads its inputs."""
@@ -177,6 +186,29 @@ class Timeline:
             backward=self.noted.peaks(),
             grads=grads,
             left=left,
+        )
+
+    def input_half(self, weights: Peaks) -> Halves:
+        """What `record` is told as a backward of which this is the half for inputs: its records, and what is live, are
+        those of that half.
+
+        Args:
+            weights: of the half for parameters.
+        """
+        record = self.record()
+        own = {self.roots.get(index, index) for index in self.results}
+        last = max(self.joins or {}, default=-1)
+        over = [
+            self.size[root] for root, at in self.kept.items() if at > last and root in self.size and root not in own
+        ]
+        over += [record.kept for record in self.records[last + 1 :]]
+        return Halves(
+            backward=record.backward,
+            grads=record.grads,
+            held=self.held,
+            held_outputs=frozenset(self.held_seeds),
+            over=plus(*over) if last >= 0 else NOTHING,
+            weights=weights,
         )
 
     def _find_storages(self) -> None:
@@ -280,6 +312,8 @@ class Timeline:
             node, record = graph.nodes[position], self.records[position]
             quiet = self._is_inside(position)
             made = [index for index in node.outputs if index in gradients.of]
+            if self.joins is not None:
+                self._hold(position, gradients, seeds)
             if made and any(grad is not None for grad in record.grads):
                 for unit in spans.last.get(position, ()):
                     self._unshard(spans, unit, quiet=quiet)
@@ -287,9 +321,12 @@ class Timeline:
                 new = plus(record.left, self._hand_on(node, record, gradients, reached))
                 left = plus(left, new)
                 self.now = plus(self.now, new)
+                if record.halves is not None:
+                    self.held, self.now = plus(self.held, record.halves.held), plus(self.now, record.halves.held)
             for index in made:
                 self.now = minus(self.now, gradients.drop(index))
-            self.now = minus(self.now, plus(record.kept, *releases.get(position, ())))
+            if self.joins is None:
+                self.now = minus(self.now, plus(record.kept, *releases.get(position, ())))
             for unit in spans.first.get(position, ()):
                 left = plus(left, self._reduce(unit, quiet=quiet))
         self.now = minus(self.now, self.message)
@@ -327,6 +364,19 @@ class Timeline:
                 self.now = minus(self.now, amount)
         return left
 
+    def _hold(self, position: int, gradients: Gradients, seeds: Mapping[int, int]) -> None:
+        """Keep the gradients that the half for parameters begins with."""
+        for at in (self.joins or {}).get(position, ()):
+            index = self.typed.graph.nodes[position].outputs[at]
+            storage = gradients.of.get(index) if index is not None else None
+            if storage is None or storage in gradients.kept:
+                continue
+            gradients.kept.add(storage)
+            gradients.users[storage] += 1
+            places = [self.results.index(seed) for seed, lies in seeds.items() if lies == storage]
+            self.held_seeds.update(places)
+            self.held = plus(self.held, gradients.size[storage])
+
     def _accumulate(self, index: int, storage: int, gradients: Gradients) -> None:
         """Add to a gradient that is there: in place where nobody else holds its storage (torch's input_buffer.cpp)."""
         there = gradients.of[index]
@@ -341,6 +391,8 @@ class Timeline:
 
     def _of_parameter(self, name: str, amount: Amount) -> Amount:
         """What a parameter's gradient leaves: it is added to one that is there where microbatches accumulate."""
+        if self.setting.adds:
+            return NOTHING
         if self.setting.stored(name):
             return as_kind(GATHERED, amount)
         return as_kind(GRADIENTS, amount) if self.setting.accumulate == 1 else NOTHING

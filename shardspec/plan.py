@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from shardspec.constraints import Constraint
 from shardspec.layout import Layout, canonical
@@ -280,14 +280,18 @@ class Plan:
 
     @property
     def schedule(self) -> Any:
-        """The timeline of a pipeline's step, in the costs of its stages' forwards; None where there is no pipeline."""
+        """The timeline of a pipeline's step, in the costs of its stages' forwards; None where there is no pipeline.
+
+        It is drawn with what a rank of each place on pp holds of activations at most, in bytes.
+        """
         from shardspec.timeline import StageCosts, timeline
 
         if self.pipeline is None:
             return None
         costs = StageCosts.of_products([stage.cost for stage in self.pipeline.stages])
         found = self.pipeline
-        return timeline(found.schedule, found.degree, found.microbatches, len(found.stages) // found.degree, costs)
+        made = timeline(found.schedule, found.degree, found.microbatches, len(found.stages) // found.degree, costs)
+        return made if self.usage is None else evolve(made, kept=self.usage.most("activations", self.mesh.shape))
 
     @property
     def local_calls(self) -> dict[str, dict[tuple[str, int], Substitution]]:

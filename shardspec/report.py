@@ -1,5 +1,6 @@
 """`print(plan)`: what is placed where, every collective, and why; a page also where the model has 126 layers."""
 
+from collections.abc import Callable, Sequence
 from io import StringIO
 
 from rich.box import SIMPLE_HEAD
@@ -19,8 +20,9 @@ from shardspec.summary import (
     place_of,
     shape_text,
     size_text,
+    span_text,
+    stage_rows,
     stored_bytes,
-    stored_of,
     tied_to,
     volumes,
 )
@@ -100,20 +102,40 @@ def _parameters(plan: Plan) -> Table:
 
 
 def _stages(plan: Plan, pipeline: PipelinePlan) -> Table:
-    table = new_table("stages", "stage", "on pp", "layers", "parameters>", "bytes on a rank>", "receives")
-    for stage in pipeline.stages:
-        held = stored_of(plan, set(stage.params))
-        ends = (stage.layers[0], stage.layers[-1])
-        crossing = stage.receives
+    schedule = plan.schedule
+    flying = [max(schedule.held(lambda held, own=stage.index: held == own)) for stage in pipeline.stages]
+    kept = _activations_kept(plan, pipeline)
+    title = f"stages of {schedule.title}, bubble {schedule.bubble:.1%}"
+    columns = ("stage", "on pp", "layers", "parameters>", "bytes on a rank>", "in flight>", "activations>", "receives")
+    table = new_table(title, *columns)
+    for row in stage_rows(pipeline, plan):
+        first, last = row.stages[0], row.stages[-1]
+        crossing = first.receives
         table.add_row(
-            str(stage.index),
-            str(stage.rank),
-            " to ".join(dict.fromkeys(ends)),
-            f"{held.numbers:,}",
-            size_text(held.bytes),
+            span_text(stage.index for stage in row.stages),
+            span_text(stage.rank for stage in row.stages),
+            " to ".join(dict.fromkeys((first.layers[0], last.layers[-1]))),
+            f"{row.stored.numbers:,}",
+            size_text(row.stored.bytes),
+            _ends([int(flying[stage.index]) for stage in row.stages], str),
+            _ends([kept[stage.index] for stage in row.stages if stage.index in kept], size_text),
             Text(f"{crossing.layout} {crossing.dtype}" if crossing is not None else ""),
         )
     return table
+
+
+def _activations_kept(plan: Plan, pipeline: PipelinePlan) -> dict[int, int]:
+    """Stage -> the most bytes that it keeps for backwards at a time, where the plan tells."""
+    if plan.usage is None:
+        return {}
+    return {stage.index: plan.memory(stage=stage.index).at(plan.mesh)["activations"] for stage in pipeline.stages}
+
+
+def _ends(numbers: Sequence[int], text: Callable[[int], str]) -> str:
+    """The least and the most of some numbers."""
+    return (
+        " to ".join(dict.fromkeys(text(number) for number in sorted({min(numbers), max(numbers)}))) if numbers else ""
+    )
 
 
 def _activations(plan: Plan) -> Table:

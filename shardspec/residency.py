@@ -13,13 +13,13 @@ from attrs import define, evolve, field
 from shardspec.amounts import NOTHING, Amount, Usage, as_kind, fullest, part, plus, rows_of, stored, times
 from shardspec.constraints import Constraint, satisfying
 from shardspec.cotangent import Backward, differentiable
-from shardspec.footprint import KEPT, PASSING, Record
+from shardspec.footprint import KEPT, PASSING, Halves, Record
 from shardspec.infer import TypedGraph, absolute
 from shardspec.layout import Sizes
 from shardspec.localrun import COLLECTIVES, LocalRun, moved
-from shardspec.lower import entry_plan, reduced_by_hand
+from shardspec.lower import compute_dtypes, entry_plan, reduced_by_hand
 from shardspec.moments import GATHERED, GRADIENTS, Gathering, Setting, Timeline
-from shardspec.peaks import Noted, Peaks, undominated
+from shardspec.peaks import NONE, Noted, Peaks, undominated
 from shardspec.plan import ParamPlan, UnitPlan
 from shardspec.policy import Policy, chosen
 from shardspec.program import Node, Program, Ref, tensors
@@ -32,13 +32,50 @@ class Walk:
 
     setting: Setting
     memo: dict[Any, Record] = field(factory=dict)
+    halved: bool = False
+    """Whether a backward in two halves is told too."""
 
     def graph(self, typed: TypedGraph, back: Backward | None, live: tuple[bool, ...], fqn: str) -> Record:
         """What a graph does as a whole, as if it were one operator that reads its inputs."""
         records = self._records(typed, back, live, fqn)
         results = tensors(graph.result) if isinstance(graph := typed.graph, Program) else map(Ref, graph.outputs)
         ends = [ref.index for ref in results]
-        return Timeline(self.setting, typed, records, differentiable(typed, live), fqn, ends).record()
+        record = Timeline(self.setting, typed, records, differentiable(typed, live), fqn, ends).record()
+        if not self.halved:
+            return record
+        halves = [each.halves or Halves() for each in records]
+        joins = {at: each.held_outputs for at, each in enumerate(halves) if each.held or each.held_outputs}
+        weights = Peaks.of(amount for each in halves for amount in each.weights.total)
+        views = {id(each): each.input_view() for each in records}
+        inputs, moving = [views[id(each)] for each in records], differentiable(typed, live, params=False)
+        timeline = Timeline(self.setting, typed, inputs, moving, fqn, ends, joins=joins)
+        return evolve(record, halves=timeline.input_half(weights))
+
+    def _halves(self, run: LocalRun, position: int, record: Record, live: tuple[bool, ...]) -> Record:
+        """The same with the halves of its backward, of an operator or a point.
+
+        Args:
+            live: which inputs of the graph want a gradient.
+        """
+        typed, node = run.typed, run.typed.graph.nodes[position]
+        every, moving = differentiable(typed, live), differentiable(typed, live, params=False)
+        wants = tuple(node.grad and ref.index in moving for ref in node.operands)
+        if not any(wants):
+            return evolve(record, halves=Halves())
+        if node.op == "point":
+            return evolve(record, halves=Halves(backward=record.backward, grads=record.grads))
+        inputs = run.operator(position, wants)
+        rest = tuple(node.grad and ref.index in every and ref.index not in moving for ref in node.operands)
+        joins = any(rest)
+        return evolve(
+            record,
+            halves=Halves(
+                backward=inputs.backward,
+                grads=inputs.grads,
+                held_outputs=frozenset(at for at, index in enumerate(node.outputs) if joins and index in moving),
+                weights=run.operator(position, rest).backward if joins else NONE,
+            ),
+        )
 
     def _records(self, typed: TypedGraph, back: Backward | None, live: tuple[bool, ...], fqn: str) -> list[Record]:
         run = LocalRun(typed, self.setting.sizes, self.setting.dtype_of)
@@ -50,11 +87,13 @@ class Walk:
                 inner = typed.calls[position]
                 inside = back.calls.get(position) if back else None
                 records.append(self._block(inner, inside, wants, absolute(fqn, node.func.fqn)))
-            elif node.op == "point":
-                records.append(self._point(run, position, back, wants))
+                continue
+            if node.op == "point":
+                record = self._point(run, position, back, wants)
             else:
                 record = run.operator(position, wants)
-                records.append(self._cast(run, node, record, fqn) if self.setting.casts else record)
+                record = self._cast(run, node, record, fqn) if self.setting.casts else record
+            records.append(self._halves(run, position, record, live) if self.halved else record)
         return records
 
     def _cast(self, run: LocalRun, node: Node, record: Record, fqn: str) -> Record:
@@ -140,7 +179,7 @@ def usage(
         facts: what the sizes of the axes must divide; they tell which moment can be the fullest.
     """
     sizes = typed.mesh.shape
-    setting = setting_of(typed, params, units, last, policy)
+    setting = setting_of(typed, params, units, last, policy, {})
     record = Walk(setting).graph(typed.forward, typed.backward, (), "")
     own = [plan for name, plan in params.items() if plan.first == name]
     trained = [plan for plan in own if plan.trained and not plan.buffer]
@@ -200,13 +239,21 @@ def flattened(trained: Iterable[ParamPlan], sizes: Sizes) -> Iterator[Amount]:
 
 
 def setting_of(
-    typed: TypedProgram, params: Mapping[str, ParamPlan], units: Iterable[UnitPlan], last: str, policy: Policy
+    typed: TypedProgram,
+    params: Mapping[str, ParamPlan],
+    units: Iterable[UnitPlan],
+    last: str,
+    policy: Policy,
+    known: dict[Any, Gathering],
 ) -> Setting:
-    """What the walk reads of a plan and a policy."""
+    """What the walk reads of a plan and a policy.
+
+    Args:
+        known: what was found of units before, for those that are alike.
+    """
     sizes = typed.mesh.shape
     home: dict[str, str] = {}
     gatherings: dict[str, Gathering] = {}
-    known: dict[Any, Gathering] = {}
     for unit in units:
         home |= dict.fromkeys(unit.modules, unit.name)
         held = [params[name] for name in unit.params if params[name].storage]
@@ -227,7 +274,6 @@ def setting_of(
             said = (module[len(path) :], id(gatherings.get(unit)), module in remat)
             inside[path] = (*inside.get(path, ()), said)
             path = path.rpartition(".")[0]
-    main = next((getattr(torch, plan.dtype) for plan in params.values() if not plan.buffer), torch.float32)
 
     def unit_of(path: str) -> str:
         while path and path not in home:
@@ -241,8 +287,9 @@ def setting_of(
         remat=remat.__contains__,
         inside=inside,
         accumulate=policy.accumulate,
+        adds=False,
         casts=policy.param_dtype is not None,
-        dtype_of=lambda dtype: policy.param_dtype if policy.param_dtype and dtype == main else dtype,
+        dtype_of=compute_dtypes(params, policy),
         stored=lambda name: bool(params[name].storage),
         prefetch=policy.prefetch,
     )

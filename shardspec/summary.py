@@ -5,14 +5,17 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from math import prod
 from typing import Generic, TypeVar
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from shardspec.names import block_of, fold
-from shardspec.plan import ActivationPlan, Collective, ParamPlan, Plan
+from shardspec.plan import ActivationPlan, Collective, ParamPlan, PipelinePlan, Plan, StagePlan
 
 Item = TypeVar("Item")
 
 PHASES = ("forward", "backward", "step")
+
+MOST_STAGES = 4
+"""A pipeline of more is told in groups of stages."""
 
 
 @frozen(kw_only=True)
@@ -91,8 +94,68 @@ def tied_to(name: str, param: ParamPlan) -> str:
 
 
 def collective_rows(plan: Plan) -> list[Collective]:
-    """The collectives of a step, phase after phase."""
-    return sorted(plan.collectives, key=lambda row: PHASES.index(row.phase))
+    """The collectives of a step, phase after phase; in a long pipeline what stages make alike is one row."""
+    rows = sorted(plan.collectives, key=lambda row: PHASES.index(row.phase))
+    if plan.pipeline is None or len(plan.pipeline.stages) <= MOST_STAGES:
+        return rows
+    groups: dict[tuple[object, ...], list[Collective]] = {}
+    for row in rows:
+        where = row.where if row.kind != "send_recv" else ""
+        key = (row.phase, row.kind, row.axes, where, row.count, row.bytes, row.stage is None)
+        groups.setdefault((*key, row.why if where else ""), []).append(row)
+    return [_of_stages(group) for group in groups.values()]
+
+
+def _of_stages(group: list[Collective]) -> Collective:
+    """Rows that differ in their stages alone as one; its count is that of each."""
+    first = group[0]
+    stages = [row.stage for row in group if row.stage is not None]
+    if len(stages) < 2:
+        return first
+    where = f"each of stages {span_text(stages)}"
+    if first.kind == "send_recv":
+        to = "next" if first.phase == "forward" else "one before"
+        return evolve(first, where=f"{where} to the {to}", why="", stage=None)
+    return evolve(first, where=f"{first.where} ({where})", stage=None)
+
+
+def span_text(numbers: Iterable[int]) -> str:
+    """Whole numbers in words, each once: `0, 2 to 5`."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs)
+
+
+@frozen(kw_only=True)
+class StageRow:
+    """Stages that a reader need not tell apart: neighbours that hold as much and receive the same."""
+
+    stages: tuple[StagePlan, ...]
+    stored: Stored
+    """Of the parameters of each."""
+
+
+def stage_rows(pipeline: PipelinePlan, plan: Plan) -> list[StageRow]:
+    """The stages of a plan; in a long pipeline those that are alike are one row."""
+    rows: list[StageRow] = []
+    for stage in pipeline.stages:
+        row = StageRow(stages=(stage,), stored=stored_of(plan, set(stage.params)))
+        same = rows and _alike(rows[-1], row)
+        if same and len(pipeline.stages) > MOST_STAGES:
+            rows[-1] = evolve(row, stages=(*rows[-1].stages, stage))
+        else:
+            rows.append(row)
+    return rows
+
+
+def _alike(one: StageRow, other: StageRow) -> bool:
+    before, after = one.stages[-1], other.stages[0]
+    entering = [(stage.receives.layout, stage.receives.dtype) if stage.receives else None for stage in (before, after)]
+    return one.stored == other.stored and len(before.layers) == len(after.layers) and entering[0] == entering[1]
 
 
 def place_of(row: Collective) -> str:

@@ -72,10 +72,12 @@ class Timeline:
     Attributes:
         ranks: by rank, its actions in order.
         title: what stands above the picture.
+        kept: by rank, the most bytes that it keeps for backwards at a time; empty where that is not known.
     """
 
     ranks: tuple[tuple[Span, ...], ...]
     title: str = ""
+    kept: tuple[int, ...] = ()
 
     @property
     def makespan(self) -> float:
@@ -205,14 +207,19 @@ def _picture(shown: Timeline) -> str:
         legend += [f"{BOTH} is forwards and backwards in turn"] if any(BOTH in row for row in rows) else []
         legend += [] if single else ["small letters are a rank's second stage, fourth, ..."]
     width = len(str(len(rows) - 1))
+    kept = [f"{size / 1e6:.4g}" for size in shown.kept]
+    wide = max((len(text) for text in (*kept, "MB") if kept), default=-1) + 1
     lines = [
         f"{shown.title}; makespan {shown.makespan:.6g}, bubble {shown.bubble:.1%}",
-        f"{'':{width + 5}} idle held",
+        f"{'':{width + 5}} idle held{'MB' if kept else '':>{wide}}",
     ]
     lines += [
-        f"rank {rank:>{width}} {idle:>4.0%} {held:>4} |{row}|"
-        for rank, (row, idle, held) in enumerate(zip(rows, shown.idle, shown.in_flight, strict=True))
+        f"rank {rank:>{width}} {idle:>4.0%} {held:>4}{size:>{wide}} |{row}|"
+        for rank, (row, idle, held, size) in enumerate(
+            zip(rows, shown.idle, shown.in_flight, kept or [""] * len(rows), strict=True)
+        )
     ]
+    legend += ["MB: the most bytes of activations that are kept for backwards, in millions"] if kept else []
     return "\n".join([*lines, *legend])
 
 

@@ -183,6 +183,81 @@ def test_what_cannot_be_answered_is_refused(ask, says):
     assert says in diagnostic.what
 
 
+@functools.cache
+def pipelined(mesh: str, schedule: str, microbatches: int, stages: int = 4, **options: object) -> ss.Plan:
+    """Two rows and 64 tokens a microbatch and data rank."""
+    config, axes = attrs.evolve(SMALL, n_layers=stages), ss.Mesh.parse(mesh)
+    policy = ss.Policy(schedule=schedule, microbatches=microbatches, **options)
+    return compiler_of(config, policy=policy).plan(axes, batch_of(2 * microbatches * axes["fsdp"], 64), loss_fn)
+
+
+def test_gpipe_keeps_every_microbatch_and_1f1b_as_many_as_stages_are_to_come():
+    """Stage s of p has p - s in flight under 1F1B, however many there are; GPipe has all. The last stage may have been
+    sent what it runs next: two rows of 64 tokens of 128 float32."""
+    for stage in range(4):
+        kept = [pipelined("pp=4", "GPipe", m).memory(stage=stage).at(ss.Mesh(pp=4))["activations"] for m in (4, 5, 8)]
+        one = kept[1] - kept[0]
+        assert one > 0
+        assert kept[2] == 8 * one
+        for m in (4, 8):
+            held = pipelined("pp=4", "1F1B", m).memory(stage=stage).at(ss.Mesh(pp=4))["activations"]
+            assert 0 <= held - (4 - stage) * one <= (2 * 64 * 128 * 4 if stage == 3 else 0)
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
+def test_a_pipelines_formulas_are_those_of_its_other_meshes_and_its_most_is_that_of_a_rank(schedule):
+    stages = 2 if schedule == "1F1B" else 4
+    compiler = compiler_of(attrs.evolve(SMALL, n_layers=stages), policy=ss.Policy(schedule=schedule, microbatches=4))
+    one, two = (
+        compiler.plan(ss.Mesh.parse(mesh), batch_of(64, 64), loss_fn) for mesh in ("pp=2,fsdp=2", "pp=2,fsdp=8")
+    )
+    for stage in (None, *range(stages)):
+        foretold, own = one.memory(stage=stage).at(two.mesh), two.memory(stage=stage).at(two.mesh)
+        assert dict(foretold) == dict(own)
+        assert (foretold.total, foretold.resident, foretold.moment) == (own.total, own.resident, own.moment)
+        assert one.memory(stage=stage).total.subs({sympy.Symbol("fsdp", integer=True, positive=True): 8}) == own.total
+    alone = [two.memory(stage=stage).at(two.mesh) for stage in range(stages)]
+    if schedule == "1F1B":
+        assert two.memory().at(two.mesh).total == max(at.total for at in alone)
+    assert sum(at["parameters"] for at in alone) == sum(
+        4 * torch.Size(item.local_shape).numel() for item in two.params.values() if not item.buffer
+    )
+    read = ss.Plan.from_json(two.to_json())
+    assert read.memory().total == two.memory().total
+    assert str(read) == str(two)
+
+
+@pytest.mark.parametrize(
+    ("ask", "says"),
+    [
+        (lambda plan: plan.memory(stage=2), "no stage 2"),
+        (lambda plan: plan.memory(stage=-1), "no stage -1"),
+        (lambda plan: plan.memory().at(ss.Mesh(pp=4)), "for pp=2"),
+        (lambda plan: plan.memory().at(ss.Mesh(fsdp=2)), "is over fsdp"),
+    ],
+)
+def test_what_a_pipeline_cannot_answer_is_refused(ask, says):
+    with pytest.raises(ss.ShardingError) as caught:
+        ask(pipelined("pp=2", "1F1B", 4))
+    (diagnostic,) = caught.value.diagnostics
+    assert diagnostic.code == "SS401"
+    assert says in diagnostic.what
+
+
+def test_a_printed_pipeline_says_what_each_stage_keeps_and_is_short_with_many():
+    four = pipelined("pp=4", "1F1B", 8)
+    for stage in range(4):
+        kept = four.memory(stage=stage).at(four.mesh)["activations"]
+        assert re.search(rf"\n {stage} +{stage} +layers.{stage} .* {4 - stage} +{kept / 2**20:.1f} MiB", str(four))
+        assert f"{kept / 1e6:.4g} |" in str(four.schedule).splitlines()[2 + stage]
+    many = pipelined("pp=16", "Interleaved1F1B", 32, stages=32)
+    lines = str(many).splitlines()
+    assert len(lines) < 110
+    assert sum(bool(re.match(r" \d+ ( to \d+)? ", line)) for line in lines) <= 4
+    assert any(re.match(r" 1 to 30 +0 to 15 +layers.1 to layers.30 +", line) for line in lines)
+    assert any("each of stages 0 to 30 to the next" in line for line in lines)
+
+
 def test_a_printed_plan_says_what_a_rank_holds():
     at = plan_of().memory().at(ss.Mesh(fsdp=2, tp=2))
     assert re.search(rf"at once, in {at.phase} +{at.total / 2**20:.1f} MiB", str(plan_of()))
