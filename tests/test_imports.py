@@ -42,7 +42,7 @@ LAYERS = (
     "runtime.manifest",
     "runtime.rank_major",
     "runtime.parts",
-    "runtime.arguments runtime.boundary runtime.recipe runtime.state",
+    "runtime.arguments runtime.boundary runtime.buffers runtime.recipe runtime.state",
     "runtime.attach runtime.init runtime.prefetch runtime.weights",
     "runtime.experts",
     "runtime.apply",

@@ -1,4 +1,4 @@
-"""Balance without a loss: the selection biases move by the choices of a whole step (arXiv 2412.19437, section 2.1.2)."""
+"""Balance without a loss: selection biases move by the choices of a whole step (arXiv 2412.19437, section 2.1.2)."""
 
 from collections.abc import Mapping
 

@@ -12,10 +12,10 @@ they owe goes with the step's one all-reduce.
 The routers' choices of a microbatch are counted by all at `router.load`; selection biases and counts are whole on every
 rank, as whatever forward writes must be.
 
-V vocabulary, D model width, F, X and Y the widths of a dense feed-forward, of an expert and of what is shared, E experts,
-H heads, q and kv what a head has of queries and of keys and values, v of values, Q and C what wq_a and wkv_a make (the
-latter with the shared rotary part of keys), latent the part of C that is normed, B batch, S sequence, T positions of
-the rotary tables, r their width.
+V vocabulary, D model width, F, X and Y the widths of a dense feed-forward, of an expert and of what is shared, E
+experts, H heads, q and kv what a head has of queries and of keys and values, v of values, Q and C what wq_a and wkv_a
+make (the latter with the shared rotary part of keys), latent the part of C that is normed, B batch, S sequence, T
+positions of the rotary tables, r their width.
 """
 
 import shardspec as ss

@@ -7,9 +7,7 @@ import torch
 import shardspec as ss
 
 
-def loss_fn(
-    output: tuple[torch.Tensor, torch.Tensor], batch: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_fn(output: tuple[torch.Tensor, torch.Tensor], batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a sum and its weight, the number of labels that count, for what forward returns.
 
     The routers' loss is that of the whole microbatch and weighs as much as its labels do: the quotient of the sums is

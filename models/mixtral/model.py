@@ -121,9 +121,7 @@ class Mixtral(nn.Module):
         self.register_buffer("rope_cos", angles_Td.cos(), persistent=False)
         self.register_buffer("rope_sin", angles_Td.sin(), persistent=False)
 
-    def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits [B, S, V] for tokens [B, S], and the mean over layers of the routers' losses, a scalar.
 
         `positions` [S] are the tokens' places in the sequence, 0 to S-1 where not given.

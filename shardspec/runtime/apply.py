@@ -16,7 +16,8 @@ from shardspec.mesh import Mesh
 from shardspec.placement import digits_index
 from shardspec.plan import ParamPlan, UnitPlan
 from shardspec.policy import Policy, chosen
-from shardspec.runtime.attach import Read, Remat, attach_read
+from shardspec.runtime.attach import Read, attach_read
+from shardspec.runtime.buffers import Remat
 from shardspec.runtime.fabric import Fabric, storage_mesh
 from shardspec.runtime.init import Recipe, record
 from shardspec.runtime.prefetch import prefetch
@@ -226,7 +227,7 @@ def local_part(tensor: Tensor, layout: Layout, coordinate: Mapping[str, int], me
 def _wrap(module: nn.Module, path: str, policy: Policy) -> None:
     child = module.get_submodule(path)
     if chosen(policy.remat, path):
-        child.forward = Remat(child.forward)
+        child.forward = Remat(child, child.forward)
     if chosen(policy.compile, path):
         child.compile()
 

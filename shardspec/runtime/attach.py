@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 
 from shardspec.functional import cross_entropy, name
 from shardspec.layout import global_size
@@ -21,6 +20,7 @@ from shardspec.placement import digits_index
 from shardspec.plan import ExpertsPlan, PointPlan, Substitution
 from shardspec.runtime import rng
 from shardspec.runtime.boundary import pass_point
+from shardspec.runtime.buffers import Remat
 from shardspec.runtime.fabric import Fabric
 from shardspec.runtime.vocab import cross_entropy_sharded, embedding_sharded
 
@@ -280,16 +280,6 @@ def attach(
             done.add((fqn, "local"))
     if styles:
         parallelize_module(model, wiring.fabric.device_mesh, styles)
-
-
-@define(eq=False)
-class Remat:
-    """A forward that runs again in backward; what is attached later goes inside, so that it runs again too."""
-
-    forward: Callable[..., Any]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
 
 
 def wrap_forward(module: nn.Module, wrapper: Callable[..., Any]) -> None:

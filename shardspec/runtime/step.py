@@ -15,6 +15,7 @@ from shardspec.lower import reduced_by_hand
 from shardspec.mesh import degree
 from shardspec.plan import LossPlan, ParamPlan, Plan
 from shardspec.runtime.attach import Local
+from shardspec.runtime.buffers import BufferUpdate, changed_buffers
 from shardspec.runtime.failure import explain
 from shardspec.runtime.parts import PartsOnly, are_split
 from shardspec.runtime.pipeline import Flight, StagedModel
@@ -194,7 +195,12 @@ def clip_factor(norm: Tensor, clip: float | None) -> Tensor:
 
 
 def train_step(
-    sharded: Sharded, loss_fn: LossFn, *, clip: float | None = None, donate: bool = True
+    sharded: Sharded,
+    loss_fn: LossFn,
+    *,
+    clip: float | None = None,
+    donate: bool = True,
+    buffers: BufferUpdate | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The ready-made pure step: `step(state, batch) -> (state, metrics)`.
 
@@ -205,6 +211,9 @@ def train_step(
     Args:
         clip: the largest norm of all gradients together.
         donate: consume the state that the step is given; with False its tensors are copied.
+        buffers: `update(buffers) -> changed`, a pure function that runs once at the end of a step: persistent buffers
+            by name, as forward left them, and those that change. It is given what every rank holds whole; under pp
+            those of the rank's own stages.
 
     Raises:
         ShardingError: where the loss or the batch does not fit, before anything runs.
@@ -226,11 +235,12 @@ def train_step(
             sum_over_homes(sharded, grads)
             square = squared_norm(sharded, plan.params, grads)
             total, weight, squared = reduce_scalars(sharded, plan.loss, sums, square)
+            left = changed_buffers(sharded, sharded.local.take_buffers(), buffers)
         weight = divisor(weight, plan.loss)
         loss, norm = total / weight, squared.sqrt() / weight
         scale = weight / clip_factor(norm, clip)
         finite = Finite(state.step + 1, (~torch.isfinite(loss + norm)).to(torch.float32))
-        new = updated(state, grads, sharded.local.take_buffers(), scale, finite, donate=donate, by="train_step")
+        new = updated(state, grads, left, scale, finite, donate=donate, by="train_step")
         sharded.local.clear_gradients()
         return new, metrics_of(new, finite, loss=loss, weight=weight, grad_norm=norm)
 
