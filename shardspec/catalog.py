@@ -521,10 +521,10 @@ function (register_fake) or the backward (register_autograd) that a model will n
         title="a forward that cannot be cut into stages",
         explanation="""\
 Each stage of a pipeline runs the model's own forward on the same rows, with the layers of other stages hollow.
-From one stage to the next crosses one activation: the first argument of the next stage's first layer. What else
-a layer reads must come from the batch and buffers (positions, masks, tables), which every stage has. Here a later
-stage reads what parameters or layers of an earlier one made, or layers do not run once each, in their order.
-Pass the value through the layers inside of what crosses, make it from the batch, or begin the stages elsewhere
+From one stage to the next cross the arguments of the next stage's first layer. What else is read must come from
+the batch and buffers (positions, masks, tables), which every stage has. Here a later stage reads what parameters or
+layers of an earlier one made, or layers do not run once each, in their order.
+Pass the value through the layers, as an argument and a result, make it from the batch, or begin the stages elsewhere
 with `Policy(stages=[...])`.""",
     ),
     CodeEntry(

@@ -4,16 +4,16 @@ from attrs import evolve
 
 from shardspec.cotangent import Backward
 from shardspec.infer import TypedGraph
-from shardspec.plan import PipelinePlan
-from shardspec.program import Graph, Node, Program, tensors
+from shardspec.plan import PipelinePlan, StagePlan
+from shardspec.program import Block, Graph, Node, Program, tensors
 from shardspec.stages import TypedProgram
 
 
 def excerpt(typed: TypedProgram, pipeline: PipelinePlan, stage: int) -> tuple[TypedGraph, Backward]:
     """The nodes that a stage runs, with what is known of each.
 
-    Its one input is what enters its first layer (none on the first stage), its outputs what crosses to the next, or the
-    program's. What comes before the first layer runs again there, without gradients, beside modules that are hollow.
+    Its inputs are what crosses into its first layer (nothing on the first stage), its outputs what crosses to the next,
+    or the program's. What comes before the first layer runs again there, without gradients, beside modules that are hollow.
     """
     program, whole, back = typed.program, typed.forward, typed.backward
     begin, end = (_begin(program, pipeline, index) for index in (stage, stage + 1))
@@ -27,9 +27,9 @@ def excerpt(typed: TypedProgram, pipeline: PipelinePlan, stage: int) -> tuple[Ty
         values=program.values,
         nodes=nodes,
         params=program.params,
-        inputs=[program.nodes[begin].args[0].index] if stage else [],
+        inputs=crossing(program.nodes[begin], pipeline.stages[stage]) if stage else [],
         outputs=(
-            [program.nodes[end].args[0].index]
+            crossing(program.nodes[end], pipeline.stages[stage + 1])
             if stage + 1 < len(pipeline.stages)
             else [ref.index for ref in tensors(program.result)]
         ),
@@ -48,6 +48,14 @@ def excerpt(typed: TypedProgram, pipeline: PipelinePlan, stage: int) -> tuple[Ty
     moves = {new[at]: item for at, item in back.moves.items() if at in new}
     calls = {new[at]: item for at, item in back.calls.items() if at in new}
     return kept, evolve(back, typed=kept, moves=moves, calls=calls)
+
+
+def crossing(layer: Node, stage: StagePlan) -> list[int]:
+    """The values that cross into a stage, by the call of its first layer."""
+    block: Block = layer.func.block
+    points = {inner.func[0]: inner.args[0].index for inner in block.nodes if inner.op == "point"}
+    beside = (points[f":in.{plan.name.rpartition(':in.')[2]}"] for plan in stage.beside)
+    return [layer.args[0].index, *(layer.args[block.inputs.index(index)].index for index in beside)]
 
 
 def _begin(program: Program, pipeline: PipelinePlan, stage: int) -> int:

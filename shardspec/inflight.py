@@ -279,16 +279,14 @@ def stage_bytes(
         setting = setting_of(typed, params, own, "", single, known)
         alone = evolve(setting, units={})
         graph, back = excerpt(typed, pipeline, stage.index)
-        live = (True,) if stage.index else ()
+        live = tuple(plan.floating for plan in stage.crossing)
         first = Walk(alone, walks["first"], halved).graph(graph, back, live, "")
         gathers = Walk(setting, walks["gathers"]).graph(graph, back, live, "") if setting.units else first
         later = Walk(evolve(alone, adds=True), walks["later"]).graph(graph, back, live, "")
         rest = {unit.name: [params[name] for name in unit.params if params[name].storage] for unit in own}
         order = sorted(setting.units, key=lambda name: name != "")
         wide = {name: gathering(rest[name], sizes, summed, frees=False).grads for name in order}
-        enters: Amount = NOTHING
-        if stage.receives is not None:
-            enters = part(KEPT, stage.receives.layout, itemsize(stage.receives.dtype), sizes)
+        enters = plus(NOTHING, *(part(KEPT, plan.layout, itemsize(plan.dtype), sizes) for plan in stage.crossing))
         found.append(
             StageBytes(
                 gathers=gathers,

@@ -13,7 +13,7 @@ from shardspec.infer import absolute, graphs
 from shardspec.mesh import Mesh
 from shardspec.plan import ActivationPlan, PipelinePlan, StagePlan
 from shardspec.policy import Policy
-from shardspec.program import Node, Program, Ref, Value
+from shardspec.program import Block, Node, Program, Ref, Value
 from shardspec.rules.table import Rules
 from shardspec.schedule import needs, placement, stages_per_rank
 from shardspec.stages import TypedProgram
@@ -113,9 +113,22 @@ class Cut:
         """The stage that computes a node of the program."""
         return max((stage for stage, begin in enumerate(self.begins) if begin <= position), default=0)
 
-    def carried(self, stage: int) -> int:
-        """The value that enters a stage's first layer."""
-        return self.program.nodes[self.begins[stage]].args[0].index
+    def carried(self, stage: int) -> dict[int, str]:
+        """What crosses into a stage: values that enter its first layer, and the names of the arguments.
+
+        The first argument, whatever it is (""), and those others that no rank can make again.
+        """
+        node = self.program.nodes[self.begins[stage]]
+        known = reproducible(self.program, self.begins[stage])
+        found = {node.args[0].index: ""}
+        block: Block = node.func.block
+        for inner in block.nodes:
+            name = inner.func[0] if inner.op == "point" else ""
+            if name.startswith(":in.") and inner.args[0].index in block.inputs:
+                value = node.args[block.inputs.index(inner.args[0].index)].index
+                if known.get(value) is False:
+                    found.setdefault(value, name.removeprefix(":in."))
+        return found
 
 
 def lay(typed: TypedProgram, names: View, rules: Rules, mesh: Mesh, policy: Policy) -> PipelinePlan:
@@ -155,7 +168,8 @@ def lay(typed: TypedProgram, names: View, rules: Rules, mesh: Mesh, policy: Poli
                 names=tuple(names_on(stage, names, homes, readers)),
                 hollow=hollow.get(stage, ()),
                 dense=stage > 0 and any(map(overwrites, typed.program.nodes[: cut.begins[stage]])),
-                receives=received(typed, cut, stage, policy.param_dtype) if stage else None,
+                receives=received(typed, cut, stage, policy.param_dtype)[0] if stage else None,
+                beside=received(typed, cut, stage, policy.param_dtype)[1:] if stage else (),
             )
             for stage in range(stages)
         ),
@@ -209,9 +223,9 @@ def crossings(cut: Cut) -> Iterator[Diagnostic]:
         known = reproducible(program, begin)
         for position in range(begin, len(program.nodes)):
             node = program.nodes[position]
-            for place, ref in enumerate(node.operands):
+            for ref in node.operands:
                 made = known.get(ref.index)
-                given = ref.index == carried and position == begin and place == 0
+                given = position == begin and ref.index in carried
                 if made is not False or given or (node.file, node.line) in said:
                     continue
                 said.add((node.file, node.line))
@@ -219,10 +233,10 @@ def crossings(cut: Cut) -> Iterator[Diagnostic]:
                 yield Diagnostic(
                     code="SS331",
                     what=f"{first} begins a stage, and what comes after reads a value that an earlier stage made",
-                    why=f"between two stages one activation crosses: what enters {first} as its first argument; all "
-                    "else is made again on each stage from the batch and buffers, and this takes parameters or layers",
+                    why=f"between two stages the arguments of {first} cross; all else is made again on each stage from "
+                    "the batch and buffers, and this takes parameters or layers",
                     locations=(node.location,),
-                    advice=("pass it through the layers inside of that activation, or make it in each layer",),
+                    advice=("pass it through the layers, as an argument and a result, or make it in each layer",),
                 )
 
 
@@ -326,7 +340,7 @@ def hollow_modules(typed: TypedProgram, cut: Cut, stage: int, names: View) -> It
     """The modules that run before a stage's first layer and read parameters: they return placeholders there.
 
     Raises:
-        ShardingError: SS331 for one that returns anything but one tensor.
+        ShardingError: SS331 for one that returns anything but one tensor, or a tuple of them.
     """
     program = cut.program
     ancestors = {
@@ -350,9 +364,11 @@ def hollow_modules(typed: TypedProgram, cut: Cut, stage: int, names: View) -> It
     for node in program.nodes[: cut.begins[stage]]:
         if node.op == "block" and node.func.fqn == outermost(node.func.fqn):
             path, outputs = node.func.fqn, [index for index in node.outputs if index is not None]
-            if len(outputs) != 1 or not isinstance(node.nested, Ref):
+            nested = node.nested if type(node.nested) is tuple else (node.nested,)
+            if len(outputs) != len(nested) or not all(isinstance(item, Ref) for item in nested):
                 raise refused(
-                    node, f"{path} returns {len(outputs)} tensors in a nest; a layer before the cut returns one"
+                    node,
+                    f"{path} returns {len(outputs)} tensors in a nest; a layer before the cut returns one, or a tuple",
                 )
         elif node.op == "point":
             name = str(node.func[0])
@@ -365,7 +381,9 @@ def hollow_modules(typed: TypedProgram, cut: Cut, stage: int, names: View) -> It
         else:
             continue
         if any(other.startswith(f"{path}.") for other in read):
-            done[path] = activation(typed, path, outputs[0])
+            for place, index in enumerate(outputs if node.op == "block" else outputs[:1]):
+                name = f"{path}:out.{place}" if place else path
+                done[name] = activation(typed, name, index)
     yield from done.values()
 
 
@@ -375,9 +393,16 @@ def activation(typed: TypedProgram, name: str, index: int) -> ActivationPlan:
     return ActivationPlan(name=name, layout=typed.forward.layout(index), dtype=str(value.dtype).removeprefix("torch."))
 
 
-def received(typed: TypedProgram, cut: Cut, stage: int, dtype: torch.dtype | None) -> ActivationPlan:
-    """What enters a stage's first layer; a floating-point activation in the dtype that parameters are read in."""
-    found = activation(typed, f"{cut.layers[stage][0]}:in", cut.carried(stage))
-    if dtype is None or not typed.program.values[cut.carried(stage)].dtype.is_floating_point:
-        return found
-    return evolve(found, dtype=str(dtype).removeprefix("torch."))
+def received(typed: TypedProgram, cut: Cut, stage: int, dtype: torch.dtype | None) -> tuple[ActivationPlan, ...]:
+    """What enters a stage's first layer, its first argument in front.
+
+    A floating-point activation is in the dtype that parameters are read in; a scalar, which changes no other's, is not.
+    """
+    first = f"{cut.layers[stage][0]}:in"
+    found: list[ActivationPlan] = []
+    for index, name in cut.carried(stage).items():
+        plan, value = activation(typed, f"{first}.{name}" if name else first, index), typed.program.values[index]
+        if dtype is not None and value.dtype.is_floating_point and value.shape:
+            plan = evolve(plan, dtype=str(dtype).removeprefix("torch."))
+        found.append(plan)
+    return tuple(found)

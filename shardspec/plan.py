@@ -63,6 +63,11 @@ class ActivationPlan:
     batch_dim: int | None = None
     """The dim that the rule lays over batch axes: microbatches are cut there."""
 
+    @property
+    def floating(self) -> bool:
+        """Whether a gradient can reach it."""
+        return self.dtype.startswith(("float", "bfloat", "complex"))
+
     def microbatch(self, count: int) -> Layout:
         """The layout of one of `count` microbatches."""
         dims = list(self.layout.dims)
@@ -178,11 +183,19 @@ class StagePlan:
     cost: int = 0
     """Operations of a microbatch's forward over all its ranks, and parameter elements that it reads."""
     hollow: tuple[ActivationPlan, ...] = ()
-    """The modules that come before its first layer and compute on other stages: what they return in their place."""
+    """The modules that come before its first layer and compute on other stages: what they return in their place; of
+    one that returns several tensors each, under `layers.0`, `layers.0:out.1` and so on."""
     dense: bool = False
     """Whether what stands for them is written to, and needs a number for each element."""
     receives: ActivationPlan | None = None
     """What enters its first layer, of which every rank sends and receives its own part; None on the first stage."""
+    beside: tuple[ActivationPlan, ...] = ()
+    """The other arguments of its first layer that an earlier stage made, as `layers.2:in.aux`."""
+
+    @property
+    def crossing(self) -> tuple[ActivationPlan, ...]:
+        """All that crosses into it."""
+        return () if self.receives is None else (self.receives, *self.beside)
 
 
 @frozen(kw_only=True)

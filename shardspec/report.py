@@ -110,7 +110,7 @@ def _stages(plan: Plan, pipeline: PipelinePlan) -> Table:
     table = new_table(title, *columns)
     for row in stage_rows(pipeline, plan):
         first, last = row.stages[0], row.stages[-1]
-        crossing = first.receives
+        crossing = ", ".join(f"{plan.layout} {plan.dtype}" for plan in first.crossing)
         table.add_row(
             span_text(stage.index for stage in row.stages),
             span_text(stage.rank for stage in row.stages),
@@ -119,7 +119,7 @@ def _stages(plan: Plan, pipeline: PipelinePlan) -> Table:
             size_text(row.stored.bytes),
             _ends([int(flying[stage.index]) for stage in row.stages], str),
             _ends([kept[stage.index] for stage in row.stages if stage.index in kept], size_text),
-            Text(f"{crossing.layout} {crossing.dtype}" if crossing is not None else ""),
+            Text(crossing),
         )
     return table
 

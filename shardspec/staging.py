@@ -105,18 +105,20 @@ def staged_steps(
 def sends(pipeline: PipelinePlan) -> Iterator[Collective]:
     """What crosses between stages that lie on different ranks, in a step; each row under the stage that sends."""
     for before, stage in zip(pipeline.stages, pipeline.stages[1:], strict=False):
-        if before.rank == stage.rank or stage.receives is None:
+        if before.rank == stage.rank:
             continue
-        row = Collective(
-            kind="send_recv",
-            axes=("pp",),
-            where=f"stage {before.index} to {stage.index}",
-            phase="forward",
-            count=pipeline.microbatches,
-            bytes=prod(stage.receives.layout.shape) * itemsize(stage.receives.dtype),
-            why=stage.receives.name,
-            stage=before.index,
-        )
-        yield row
         back = f"stage {stage.index} to {before.index}"
-        yield evolve(row, where=back, phase="backward", why="its gradient", stage=stage.index)
+        for plan in stage.crossing:
+            row = Collective(
+                kind="send_recv",
+                axes=("pp",),
+                where=f"stage {before.index} to {stage.index}",
+                phase="forward",
+                count=pipeline.microbatches,
+                bytes=prod(plan.layout.shape) * itemsize(plan.dtype),
+                why=plan.name,
+                stage=before.index,
+            )
+            yield row
+            if plan.floating:
+                yield evolve(row, where=back, phase="backward", why="its gradient", stage=stage.index)

@@ -154,7 +154,7 @@ def stage_rows(pipeline: PipelinePlan, plan: Plan) -> list[StageRow]:
 
 def _alike(one: StageRow, other: StageRow) -> bool:
     before, after = one.stages[-1], other.stages[0]
-    entering = [(stage.receives.layout, stage.receives.dtype) if stage.receives else None for stage in (before, after)]
+    entering = [[(plan.layout, plan.dtype) for plan in stage.crossing] for stage in (before, after)]
     return one.stored == other.stored and len(before.layers) == len(after.layers) and entering[0] == entering[1]
 
 

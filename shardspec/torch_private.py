@@ -401,9 +401,9 @@ def stage_backward_weight(*args: Any) -> Any:
     return import_module("torch.distributed.pipelining._backward").stage_backward_weight(*args)
 
 
-def wait_for_peer(work: Any) -> None:
-    """Wait for a message, in a frame of torch.distributed: by that a lost peer is told from a failure of one's own."""
-    import_module("torch.distributed.pipelining.schedules")._wait_batch_p2p([work])
+def wait_for_peer(works: list[Any]) -> None:
+    """Wait for messages, in a frame of torch.distributed: by that a lost peer is told from a failure of one's own."""
+    import_module("torch.distributed.pipelining.schedules")._wait_batch_p2p(works)
 
 
 def hold_gradients(root: nn.Module) -> None:

@@ -12,11 +12,11 @@ from attrs import define, evolve, field
 from torch import Tensor, nn
 
 from shardspec.messages import orders_of
-from shardspec.plan import ParamPlan, PipelinePlan, UnitPlan
+from shardspec.plan import ActivationPlan, ParamPlan, PipelinePlan, UnitPlan
 from shardspec.policy import Policy
 from shardspec.runtime.apply import LocalModel, apply
 from shardspec.runtime.fabric import Fabric, storage_mesh
-from shardspec.runtime.stage import Stage, compute_dtype, foreign_modules, hollow_out
+from shardspec.runtime.stage import Crossing, Stage, beside_names, dtype_of, foreign_modules, hollow_out
 from shardspec.staging import stage_units
 from shardspec.torch_private import hold_gradients, reduce_gradients, wait_for_peer
 
@@ -117,7 +117,7 @@ def apply_stages(
         part = module if number == len(own) - 1 else copy.deepcopy(module)
         standing = hollow_out(part, pipeline, plan, params, fabric.device, policy.param_dtype)
         local = apply(part, params, stage_units(units, params, plan), attributes, fabric, kept, held=set(plan.params))
-        stage = Stage(local, standing)
+        stage = Stage(local, standing, beside_names(plan))
         if plan.receives is not None:
             first = part.get_submodule(plan.layers[0])
             first.register_forward_pre_hook(stage.inject, prepend=True, with_kwargs=True)
@@ -144,15 +144,15 @@ class Flight:
     whole_backward: bool
     """Run both halves of a backward at once, where a schedule parts them."""
     dtype: torch.dtype | None
-    pending: dict[tuple[str, int, int], tuple[Any, Tensor]] = field(factory=dict)
-    """What is being received: (kind, stage, microbatch) -> its work and its place."""
-    entered: dict[tuple[int, int], Tensor] = field(factory=dict)
-    seeds: dict[tuple[int, int], Tensor] = field(factory=dict)
-    made: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = field(factory=dict)
+    pending: dict[tuple[str, int, int], tuple[Any, Crossing]] = field(factory=dict)
+    """What is being received: (kind, stage, microbatch) -> its works and its place."""
+    entered: dict[tuple[int, int], Crossing] = field(factory=dict)
+    seeds: dict[tuple[int, int], Crossing] = field(factory=dict)
+    made: dict[tuple[int, int], tuple[Crossing, Crossing | None]] = field(factory=dict)
     """(stage, microbatch) -> what its forward made and what it was given."""
     halves: dict[tuple[int, int], Any] = field(factory=dict)
-    outgoing: dict[tuple[str, int, int], Tensor] = field(factory=dict)
-    sent: dict[tuple[str, int, int], tuple[Any, Tensor]] = field(factory=dict)
+    outgoing: dict[tuple[str, int, int], Crossing] = field(factory=dict)
+    sent: dict[tuple[str, int, int], tuple[Any, Crossing]] = field(factory=dict)
     """What was sent and may not have come yet: its work, and the tensor that must live so long."""
     left: dict[int, int] = field(factory=dict)
     """Stage -> backwards to come."""
@@ -185,20 +185,25 @@ class Flight:
 
     # Messages.
 
-    def _post(self, kind: str, stage: int, microbatch: int, peer: int, tensor: Tensor, way: Callable[..., Any]) -> Any:
+    def _post(
+        self, kind: str, stage: int, microbatch: int, peer: int, tensors: Crossing, way: Callable[..., Any]
+    ) -> list[Any]:
         """Send to, or receive from, the stage `peer`; a message is known by what it holds, not by when it comes."""
         stages = self.pipeline.stages
         group = self.fabric.group(("pp",))
         backward = kind.endswith("B")
         tag = (microbatch * len(stages) + stage) * 2 + backward
-        return way(tensor, dist.get_global_rank(group, stages[peer].rank), group=group, tag=tag)
+        most = max(len(other.crossing) for other in stages)
+        rank = dist.get_global_rank(group, stages[peer].rank)
+        return [way(tensor, rank, group=group, tag=tag * most + place) for place, tensor in enumerate(tensors)]
 
-    def _space(self, stage: int) -> Tensor:
-        """Room for what crosses into a stage, or for its gradient."""
-        receives = self.pipeline.stages[stage].receives
-        assert receives is not None, "something crosses into every stage but the first"
-        dtype = compute_dtype(receives.dtype, self.dtype)
-        return torch.empty(receives.layout.shape, dtype=dtype, device=self.fabric.device)
+    def _space(self, stage: int, *, gradient: bool = False) -> Crossing:
+        """Room for what crosses into a stage, or for its gradients."""
+
+        def room(plan: ActivationPlan) -> Tensor:
+            return torch.empty(plan.layout.shape, dtype=dtype_of(plan, self.dtype), device=self.fabric.device)
+
+        return tuple(room(plan) for plan in self.pipeline.stages[stage].crossing if plan.floating or not gradient)
 
     def _receive(self, stage: int, microbatch: int) -> None:
         space = self._space(stage)
@@ -206,7 +211,7 @@ class Flight:
         self.pending["F", stage, microbatch] = (work, space)
 
     def _receive_back(self, stage: int, microbatch: int) -> None:
-        space = self._space(stage + 1)
+        space = self._space(stage + 1, gradient=True)
         work = self._post("RECV_B", stage + 1, microbatch, stage + 1, space, dist.irecv)
         self.pending["B", stage, microbatch] = (work, space)
 
@@ -220,9 +225,9 @@ class Flight:
         work = self._post("SEND_B", stage, microbatch, stage - 1, tensor, dist.isend)
         self.sent["SEND_B", stage, microbatch] = (work, tensor)
 
-    def _arrived(self, kind: str, stage: int, microbatch: int) -> Tensor:
-        work, space = self.pending.pop((kind, stage, microbatch))
-        wait_for_peer(work)
+    def _arrived(self, kind: str, stage: int, microbatch: int) -> Crossing:
+        works, space = self.pending.pop((kind, stage, microbatch))
+        wait_for_peer(works)
         return space
 
     # Computation.
@@ -233,46 +238,49 @@ class Flight:
         if stage:
             received = self.entered.pop(at, None)
             received = self._arrived("F", *at) if received is None else received
-            received.requires_grad_(self.backward)
+            for tensor in floating(received):
+                tensor.requires_grad_(self.backward)
         made = self.staged.stages[stage].forward(self.arguments[microbatch], received)
         if stage + 1 == len(self.pipeline.stages):
-            made = self.finish(made, microbatch)
+            made = (self.finish(made, microbatch),)
         else:
-            self._check(made, stage + 1)
-            self._hand(made.detach(), "F", at, stage + 1)
+            made = self._checked(made, stage + 1)
+            self._hand(tuple(tensor.detach() for tensor in made), "F", at, stage + 1)
         if self.backward:
             self.made[at] = (made, received)
 
-    def _check(self, made: Tensor, stage: int) -> None:
-        receives = self.pipeline.stages[stage].receives
-        assert receives is not None, "something crosses into every stage but the first"
-        wanted = (receives.layout.shape, compute_dtype(receives.dtype, self.dtype))
-        if (tuple(made.shape), made.dtype) != wanted:
-            raise TypeError(
-                f"{receives.name} is {tuple(made.shape)} {made.dtype} where a stage ends; the next one expects "
-                f"{wanted[0]} {wanted[1]}"
-            )
+    def _checked(self, made: Crossing, stage: int) -> Crossing:
+        """What crosses into a stage, as that expects it."""
+        found: list[Tensor] = []
+        for tensor, plan in zip(made, self.pipeline.stages[stage].crossing, strict=True):
+            wanted = (plan.layout.shape, dtype_of(plan, self.dtype))
+            scalar = tensor.to(wanted[1]) if not tensor.ndim else tensor
+            if (tuple(scalar.shape), scalar.dtype) != wanted:
+                raise TypeError(
+                    f"{plan.name} is {tuple(tensor.shape)} {tensor.dtype} where a stage ends; the next one expects "
+                    f"{wanted[0]} {wanted[1]}"
+                )
+            found.append(scalar)
+        return tuple(found)
 
-    def _hand(self, tensor: Tensor, kind: str, at: tuple[int, int], to: int) -> None:
-        """Give a tensor to a stage: one of this rank, or one that it will be sent to."""
+    def _hand(self, tensors: Crossing, kind: str, at: tuple[int, int], to: int) -> None:
+        """Give tensors to a stage: one of this rank, or one that they will be sent to."""
         if to in self.staged.stages:
-            (self.entered if kind == "F" else self.seeds)[to, at[1]] = tensor
+            (self.entered if kind == "F" else self.seeds)[to, at[1]] = tensors
         else:
-            self.outgoing[kind, *at] = tensor.contiguous()
+            self.outgoing[kind, *at] = tuple(tensor.contiguous() for tensor in tensors)
 
-    def _seed(self, stage: int, microbatch: int) -> Tensor | None:
-        """The gradient of what a stage made; None on the last, which made the loss."""
+    def _seed(self, stage: int, microbatch: int) -> list[Tensor] | None:
+        """The gradients of what a stage made; None on the last, which made the loss."""
         if stage + 1 == len(self.pipeline.stages):
             return None
         seed = self.seeds.pop((stage, microbatch), None)
-        return self._arrived("B", stage, microbatch) if seed is None else seed
+        return list(self._arrived("B", stage, microbatch) if seed is None else seed)
 
     def _backward(self, stage: int, microbatch: int) -> None:
         self.begin(microbatch)
         made, received = self.made.pop((stage, microbatch))
-        seed = self._seed(stage, microbatch)
-        if made.requires_grad:
-            torch.autograd.backward(made, seed)
+        backward_from(made, self._seed(stage, microbatch))
         self._hand_back(received, stage, microbatch)
         self._done(stage)
 
@@ -284,10 +292,12 @@ class Flight:
         if self.whole_backward:
             self.halves[at] = None
             self.begin(microbatch)
-            torch.autograd.backward(made, self._seed(*at))
+            backward_from(made, self._seed(*at))
         else:
             self.begin(microbatch)
-            self.halves[at] = self.staged.stages[stage].backward_input(made, received, self._seed(*at))
+            self.halves[at] = self.staged.stages[stage].backward_input(
+                floating(made), floating(received), self._seed(*at)
+            )
         del self.made[at]
         self._hand_back(received, stage, microbatch)
 
@@ -302,14 +312,31 @@ class Flight:
             self.staged.stages[stage].backward_weight(groups)
         self._done(stage)
 
-    def _hand_back(self, received: Tensor | None, stage: int, microbatch: int) -> None:
-        if received is not None:
-            grad = received.grad if received.grad is not None else torch.zeros_like(received)
-            received.grad = None
-            self._hand(grad.detach(), "B", (stage, microbatch), stage - 1)
+    def _hand_back(self, received: Crossing | None, stage: int, microbatch: int) -> None:
+        if received is None:
+            return
+        grads: list[Tensor] = []
+        for tensor in floating(received):
+            grads.append((tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)).detach())
+            tensor.grad = None
+        self._hand(tuple(grads), "B", (stage, microbatch), stage - 1)
 
     def _done(self, stage: int) -> None:
         """Count a backward; after the last one of a stage its gradients are summed over data ranks."""
         self.left[stage] -= 1
         if not self.left[stage]:
             reduce_gradients(self.staged.stages[stage].local.module)
+
+
+def floating(tensors: Crossing) -> Crossing:
+    """Those that a gradient can reach."""
+    return tuple(tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex())
+
+
+def backward_from(made: Crossing, seeds: list[Tensor] | None) -> None:
+    """Run the backward of what a stage made, where anything in it has one."""
+    outputs = floating(made)
+    given = seeds if seeds is not None else [None] * len(outputs)
+    live = [(output, seed) for output, seed in zip(outputs, given, strict=True) if output.requires_grad]
+    if live:
+        torch.autograd.backward([output for output, _ in live], [seed for _, seed in live])

@@ -99,6 +99,45 @@ def farthest(mesh: ss.Mesh, policy: ss.Policy, prepare: Any = None, **options: A
     return max(differences)
 
 
+class Beside(nn.Module):
+    """Its layers hand on a sum and whole numbers beside what they compute on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(12, 6)
+        self.layers = nn.ModuleList(BesideLayer() for _ in range(4))
+        self.head = nn.Linear(6, 12, bias=False)
+
+    def forward(self, tokens: Tensor, scale: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        total, seen = torch.zeros((), dtype=x.dtype), torch.zeros_like(tokens)
+        for layer in self.layers:
+            x, total, seen = layer(x, seen, total=total)
+        return self.head(x * (seen * scale.squeeze(-1)).unsqueeze(-1)) + total
+
+
+class BesideLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, seen: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.linear(x).tanh() * (1 + total)
+        return x + y, total + y.mean(), seen + (y > 0).sum(-1)
+
+
+def test_the_other_arguments_of_a_layer_cross_too_and_so_do_their_gradients():
+    rules = ss.Rules(
+        params={r"(embed|head)\.weight": "V D", r"layers\.\d+\.linear\.weight": "E D", r".*\.bias": "E"},
+        activations={"tokens|labels": "B S", "scale": "B S 1"},
+        pipeline=r"layers\.(?P<pp>\d+)",
+        units=[LAYER],
+    )
+    for schedule, remat in (("1F1B", False), ("ZBVZeroBubble", False), ("Interleaved1F1B", True)):
+        policy = ss.Policy(schedule=schedule, microbatches=4, remat=remat)
+        assert farthest(ss.Mesh(pp=2), policy, make=Beside, rules=rules) < TOLERANCE
+
+
 @pytest.mark.parametrize("mesh", ["pp=2", "pp=3", "dp=2,pp=2"])
 def test_what_stands_between_layers_and_what_is_drawn_is_as_without_a_pipeline(mesh: str):
     assert farthest(ss.Mesh.parse(mesh), ss.Policy(microbatches=4)) < TOLERANCE
@@ -150,13 +189,13 @@ def misnumbered(flight: pipeline.Flight, stage: int, microbatch: int) -> None:
 RIGHT_BACKWARD, RIGHT_ARRIVED = pipeline.Flight._backward, pipeline.Flight._arrived
 
 
-def stale(flight: pipeline.Flight, kind: str, stage: int, microbatch: int) -> Tensor:
+def stale(flight: pipeline.Flight, kind: str, stage: int, microbatch: int) -> tuple[Tensor, ...]:
     found = RIGHT_ARRIVED(flight, kind, stage, microbatch)
     before, LAST[kind] = LAST.get(kind, found), found
-    return before.detach().clone()
+    return tuple(tensor.detach().clone() for tensor in before)
 
 
-LAST: dict[str, Tensor] = {}
+LAST: dict[str, tuple[Tensor, ...]] = {}
 
 
 @pytest.mark.parametrize("name", BUGS)
