@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -87,7 +87,11 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def find_family(name: str) -> ModuleType:
-    """Import the package models.<name>, which exports RULES, PRESETS and build."""
+    """Import the package models.<name>, which exports RULES, PRESETS and build.
+
+    It exports `loss_fn` too where the model is trained on more than the cross-entropy of the next byte, and
+    `update_buffers` where a step changes its buffers.
+    """
     families = sorted(module.name for module in pkgutil.iter_modules(models.__path__) if module.ispkg)
     if name not in families:
         raise UsageError(f"unknown family {name!r}: there are {', '.join(families)}")
@@ -206,7 +210,8 @@ def train(options: argparse.Namespace) -> None:
         state = ss.restore(sharded, options.resume, optimizer=optimizer)
     else:
         state = sharded.init(optimizer, seed=options.seed)
-    step_fn = ss.train_step(sharded, loss_fn, clip=options.clip)
+    loss = getattr(family, "loss_fn", loss_fn)
+    step_fn = ss.train_step(sharded, loss, clip=options.clip, buffers=getattr(family, "update_buffers", None))
     report = Report(
         metrics_path(options) if is_first() else None,
         start=state.step,
@@ -236,9 +241,14 @@ def train(options: argparse.Namespace) -> None:
         )
 
 
-def loss_fn(output: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_fn(output: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the summed cross-entropy of the next byte and the number of bytes."""
-    return ss.cross_entropy(output, batch["labels"])
+    return ss.cross_entropy(logits_of(output), batch["labels"])
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """Return the logits, the first of several things that a family's forward may return."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def schedule(options: argparse.Namespace) -> Callable[[int], float]:
@@ -309,8 +319,8 @@ def sample(sharded: ss.Sharded, state: ss.TrainState, build: Callable[[], torch.
         return ""
     model = build()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(full[name])
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(full[name])
     return generate(model.eval(), PROMPT, length=300, seed=seed)
 
 
@@ -320,7 +330,7 @@ def generate(model: torch.nn.Module, prompt: str, *, length: int, seed: int, tem
     rng = torch.Generator().manual_seed(seed)
     tokens = torch.tensor([list(prompt.encode())])
     for _ in range(length):
-        logits_V = model(tokens)[0, -1, :256].float() / temperature
+        logits_V = logits_of(model(tokens))[0, -1, :256].float() / temperature
         drawn = torch.multinomial(logits_V.softmax(-1), 1, generator=rng)
         tokens = torch.cat((tokens, drawn[None]), dim=1)
     text = bytes(tokens[0].tolist()).decode(errors="replace")

@@ -118,8 +118,9 @@ class Router(nn.Module):
         """Return ids [N, k] and weights [N, k] that sum to `route_scale`."""
         scores_NE = wide(self.gate(x_ND)).sigmoid()
         ids_Nk = self.choose(scores_NE.detach() + self.bias)
+        load_E = self.load(F.one_hot(ids_Nk, scores_NE.shape[1]).sum((0, 1)))
         if self.training:
-            self.counts.add_(self.load(F.one_hot(ids_Nk, scores_NE.shape[1]).sum((0, 1))))
+            self.counts.add_(load_E)
         weights_Nk = scores_NE.gather(1, ids_Nk)
         weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdim=True) * self.route_scale
         return ids_Nk, weights_Nk.to(x_ND.dtype)
