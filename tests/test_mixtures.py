@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from models import deepseek, mixtral
+from models import experts as experts_model
 from models.deepseek.model import Attention, DeepSeekConfig, rope_angles
 from models.deepseek.model import Router as DeepSeekRouter
 from models.experts import Experts
@@ -72,6 +73,17 @@ def test_experts_are_a_loop_over_tokens(chosen, dtype):
     wanted = torch.autograd.grad((theirs * pull).sum(), leaves, allow_unused=True, materialize_grads=True)
     for one, two in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, two, **near)
+
+
+@pytest.mark.parametrize("counts", [[2, 0, 3, 1], [0, 0, 6, 0], [0, 0, 0, 0]])
+def test_the_grouped_product_of_torch_is_the_loop_and_so_are_its_gradients(counts):
+    x = torch.randn(sum(counts), 8, dtype=torch.float32, requires_grad=True)
+    w = torch.randn(4, 12, 8, dtype=torch.float32, requires_grad=True)
+    pull = torch.randn(sum(counts), 12, dtype=torch.float32)
+    made = [product(x, w, torch.tensor(counts)) for product in (experts_model.fused, experts_model.grouped)]
+    torch.testing.assert_close(*made)
+    for one, two in zip(*(torch.autograd.grad((item * pull).sum(), [x, w]) for item in made), strict=True):
+        torch.testing.assert_close(one, two)
 
 
 def test_a_rank_may_hold_some_experts_with_ids_from_its_first():

@@ -86,6 +86,8 @@ class Case:
     microbatches: int = 1
     remat: bool = False
     schedule: str = "1F1B"
+    routing: str = ""
+    """Which weights and biases the routers begin with, where not the drawn ones: a key of `ROUTINGS`."""
 
     @property
     def mixture(self) -> Mixture:
@@ -98,7 +100,33 @@ class Case:
     def __str__(self) -> str:
         parts = [self.family, self.mesh or "one", "sp" if self.sp else "no-sp"]
         parts += [f"microbatches={self.microbatches}"] if self.microbatches > 1 else []
+        parts += [self.routing] if self.routing else []
         return " ".join(parts + ["remat"] * self.remat)
+
+
+def to_some(state: dict[str, Tensor], wanted: int) -> None:
+    """Have every token choose the first `wanted` experts."""
+    for name, tensor in state.items():
+        if name == "tok_embeddings.weight":
+            tensor[:, 0] = 40.0  # what a router reads is normed: its first entry is then near the root of D
+        elif name.endswith("gate.weight"):
+            tensor[:, 0] = torch.where(torch.arange(len(tensor)) < wanted, 5.0, -5.0)
+        elif name.endswith("router.bias"):
+            tensor.copy_(torch.where(torch.arange(len(tensor)) < wanted, 50.0, -50.0))
+
+
+def all_alike(state: dict[str, Tensor]) -> None:
+    """Have every score be the same as every other."""
+    for name, tensor in state.items():
+        if name.endswith("gate.weight"):
+            tensor.zero_()
+
+
+ROUTINGS: dict[str, Callable[[dict[str, Tensor]], None]] = {
+    "to one expert": lambda state: to_some(state, 1),
+    "to none of a rank": lambda state: to_some(state, 3 if "layers.1.moe.router.bias" in state else 2),
+    "ties": all_alike,
+}
 
 
 @attrs.frozen
@@ -189,6 +217,10 @@ def run_sharded(case: Case) -> Outcome:
     sharded = ss.shard(mixture.make, mixture.rules[case.sp], mesh, make_batch(0), policy=policy)
     state = sharded.init(ss.adamw(**OPTIMIZER), seed=3)
     initial = gathered(state.params, case.world)
+    if case.routing:
+        initial = sharded.state_dict(state)
+        ROUTINGS[case.routing](initial)
+        state = sharded.load(initial, ss.adamw(**OPTIMIZER))
     grad_fn = sharded.value_and_grad(mixture.loss_fn)
     (loss, _), grads = grad_fn(state.params, sharded.local_batch(make_batch(0)), state.rng)
     whole = gathered(grads, case.world)

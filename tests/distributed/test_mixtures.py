@@ -1,0 +1,91 @@
+"""Both families of experts compute on every mesh what their plain programs compute over the same microbatches."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import shardspec as ss
+from tests.distributed import mixtures
+from tests.distributed.harness import run_ranks
+from tests.distributed.mixtures import FAMILIES, OPTIMIZER, Case, run_cases, run_plain
+from tests.distributed.parity import CLIP, TOLERANCE, make_batch
+
+# Every pair of axes, and each axis under either family.
+COVERING = [
+    Case("mixtral", "ep=2", remat=True),
+    Case("deepseek", "ep=2", microbatches=2, remat=True),
+    Case("mixtral", "fsdp=2,ep=2", microbatches=2),
+    Case("deepseek", "dp=2,ep=2"),
+    Case("mixtral", "ep=2,tp=2"),
+    Case("deepseek", "ep=2,tp=2", sp=False),
+    Case("mixtral", "ep=2,pp=2", microbatches=2),
+    Case("deepseek", "ep=2,pp=2", microbatches=4),
+    Case("deepseek", "dp=2,fsdp=2"),
+    Case("mixtral", "dp=2,tp=2", sp=False),
+    Case("mixtral", "dp=2,pp=2", microbatches=2, schedule="ZBVZeroBubble"),
+    Case("deepseek", "fsdp=2,tp=2", remat=True),
+    Case("deepseek", "fsdp=2,pp=2", microbatches=2, schedule="Interleaved1F1B"),
+    Case("mixtral", "tp=2,pp=2", microbatches=2, remat=True),
+    Case("deepseek", "tp=2,pp=2", microbatches=2),
+    Case("mixtral", "ep=4"),
+    Case("deepseek", "ep=4", microbatches=2),
+]
+ADVERSARIAL = [Case(family, mesh, routing=routing) for family in FAMILIES for mesh in ("ep=2", "ep=4")
+               for routing in mixtures.ROUTINGS]  # fmt: skip
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_loss_gradients_biases_and_parameters_after_five_steps_are_the_plain_programs(world: int):
+    cases = [case for case in COVERING if case.world == world]
+    found = dict(run_cases(cases))
+    assert {str(case): wrong for case, wrong in found.items() if not max(wrong.values()) <= TOLERANCE} == {}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_all_tokens_to_one_expert_none_to_a_rank_and_ties_are_ordinary(world: int):
+    cases = [case for case in ADVERSARIAL if case.world == world]
+    found = dict(run_cases(cases))
+    assert {str(case): wrong for case, wrong in found.items() if not max(wrong.values()) <= TOLERANCE} == {}
+
+
+def test_what_is_compared_is_far_above_the_tolerance_and_the_biases_move():
+    """Of the plain programs: each gradient, the losses of routing, and the selection biases after five steps."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        for family, mixture in FAMILIES.items():
+            torch.manual_seed(0)
+            initial = {name: tensor.clone() for name, tensor in mixture.make().state_dict().items()}
+            plain = run_plain(initial, Case(family, ""))
+            assert min(float(grad.abs().max()) for grad in plain.grads.values()) > 1e6 * TOLERANCE
+            biases = [buffer for name, buffer in plain.buffers.items() if name.endswith("bias")]
+            assert all(float(bias.abs().max()) >= mixtures.SPEED for bias in biases)
+            assert len(biases) == (3 if family == "deepseek" else 0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_goes_on_from_one_mesh_of_experts_on_another(family: str, tmp_path: Path):
+    mixture = FAMILIES[family]
+
+    def trained(mesh: str, steps: range, path: Path) -> dict[str, torch.Tensor]:
+        """Some steps from a checkpoint, or from the start, and then a checkpoint."""
+        torch.set_default_dtype(torch.float64)
+        sharded = ss.shard(mixture.make, mixture.rules[True], ss.Mesh.parse(mesh), make_batch(0))
+        state = ss.restore(sharded, path) if steps.start else sharded.init(ss.adamw(**OPTIMIZER), seed=3)
+        step = ss.train_step(sharded, mixture.loss_fn, clip=CLIP, buffers=mixture.update)
+        for index in steps:
+            state, _ = step(state, sharded.local_batch(make_batch(index)))
+        ss.save(state, path)
+        return sharded.state_dict(state)
+
+    def run(rank: int, world: int) -> None:
+        whole = trained("ep=4", range(4), tmp_path / "whole")
+        for name, (first, then) in {"to": ("fsdp=2,ep=2", "ep=4"), "from": ("ep=4", "fsdp=2,ep=2")}.items():
+            trained(first, range(2), tmp_path / name)
+            moved = trained(then, range(2, 4), tmp_path / name)
+            assert moved.keys() == whole.keys()
+            assert max(float((moved[name] - whole[name]).abs().max()) for name in whole) < TOLERANCE
+
+    run_ranks(4, run)
