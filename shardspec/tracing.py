@@ -529,11 +529,18 @@ class Whole(TorchFunctionMode):
         if func is torch.Tensor.new_tensor:
             # On meta its values would be lost: they may hang on a local size, which the dry run compares.
             return torch.tensor(args[1], dtype=kwargs.get("dtype") or args[0].dtype)
+        if func is torch.Tensor.tolist:
+            return _listed(args[0])
         if func in RULES and not isinstance(func, OpOverload):
             with no_torch_function(), no_torch_dispatch():
                 out = func.meta(*args, **kwargs)
             return self.tracer.append(func, func.__name__, args, kwargs, out)
         return func(*args, **kwargs)
+
+
+def _listed(tensor: torch.Tensor) -> Any:
+    """The numbers of a tensor, each read as `item` reads one: a tensor on meta has no list of them."""
+    return [_listed(row) for row in tensor.unbind()] if tensor.ndim else tensor.item()
 
 
 def _target(outs: Any, args: Any) -> torch.Tensor:
