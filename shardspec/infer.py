@@ -601,6 +601,10 @@ def model_location(issue: Issue) -> Location:
     return issue.typed.graph.nodes[issue.node].location
 
 
+FRESH = ("X", "Y", "Z")
+"""Names for whole dims of a size that no factor of the table has."""
+
+
 def spec_text(layout: Layout, shape: Sequence[int], known: dict[str, int], prefer: Sequence[str] = ()) -> str | None:
     """A spec for a layout, with names of factors that have the dims' sizes; None where no name fits.
 
@@ -615,6 +619,8 @@ def spec_text(layout: Layout, shape: Sequence[int], known: dict[str, int], prefe
             return None
         names = [prefer[position]] if position < len(prefer) and known.get(prefer[position]) == length else []
         names += [name for name, size in known.items() if size == length and name not in used]
+        if not names and not axes:
+            names = [name for name in FRESH if name not in known and name not in used]
         if not names:
             return None
         used.add(names[0])
