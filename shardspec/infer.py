@@ -602,7 +602,7 @@ def model_location(issue: Issue) -> Location:
 
 
 FRESH = ("X", "Y", "Z")
-"""Names for whole dims of a size that no factor of the table has."""
+"""Names for a whole vector of a size that no factor of the table has: of what has rows, a dim may stand for them."""
 
 
 def spec_text(layout: Layout, shape: Sequence[int], known: dict[str, int], prefer: Sequence[str] = ()) -> str | None:
@@ -619,7 +619,7 @@ def spec_text(layout: Layout, shape: Sequence[int], known: dict[str, int], prefe
             return None
         names = [prefer[position]] if position < len(prefer) and known.get(prefer[position]) == length else []
         names += [name for name, size in known.items() if size == length and name not in used]
-        if not names and not axes:
+        if not names and len(shape) == 1 and not axes:
             names = [name for name in FRESH if name not in known and name not in used]
         if not names:
             return None

@@ -24,7 +24,7 @@ MIXTRAL = MixtralConfig(
 )  # fmt: skip
 DEEPSEEK = DeepSeekConfig(
     dim=16, n_layers=3, n_dense_layers=1, n_heads=4, q_rank=12, kv_rank=8, nope_dim=4, rope_dim=4, v_dim=6, ffn_dim=24,
-    moe_dim=20, n_experts=8, top_k=3, n_groups=4, top_groups=2, vocab_size=VOCABULARY, max_seq_len=32,
+    moe_dim=24, n_experts=8, top_k=3, n_groups=4, top_groups=2, vocab_size=VOCABULARY, max_seq_len=32,
 )  # fmt: skip
 
 
