@@ -24,7 +24,7 @@ RULES = ss.Rules(
     params={
         r"tok_embeddings\.weight": "V@(tp,fsdp,ep) D",
         r"layers\.\d+\.attention\.wq_a\.weight": "Q@(fsdp,ep) D",
-        r"layers\.\d+\.attention\.wkv_a\.weight": "C@(fsdp,ep) D",
+        r"layers\.\d+\.attention\.wkv_a\.weight": "C D@(fsdp,ep)",  # 576 rows divide over few ranks
         r"layers\.\d+\.attention\.wq_b\.weight": "(H@tp q)@(fsdp,ep) Q",
         r"layers\.\d+\.attention\.wkv_b\.weight": "(H@tp kv)@(fsdp,ep) latent",
         r"layers\.\d+\.attention\.wo\.weight": "D@(fsdp,ep) (H@tp v)",
