@@ -13,7 +13,7 @@ def excerpt(typed: TypedProgram, pipeline: PipelinePlan, stage: int) -> tuple[Ty
     """The nodes that a stage runs, with what is known of each.
 
     Its inputs are what crosses into its first layer (nothing on the first stage), its outputs what crosses to the next,
-    or the program's. What comes before the first layer runs again there, without gradients, beside modules that are hollow.
+    or the program's. What comes before the first layer runs again there, without gradients, beside hollow modules.
     """
     program, whole, back = typed.program, typed.forward, typed.backward
     begin, end = (_begin(program, pipeline, index) for index in (stage, stage + 1))

@@ -2,9 +2,9 @@
 
 The ranks of `ep` are data ranks for all but the experts: the batch is split over them, and what is not an expert is
 stored over fsdp and ep. Of the experts each ep rank holds some, whole or in shards of F over tp; tokens travel to them
-and back inside `experts`, and nowhere else. They are stored in slices of their width, for eight are fewer than the ranks
-of a large fsdp. The router has all logits of its tokens; what its losses read is a mean
-over the microbatch, made whole on every rank at `router.load`.
+and back inside `experts`, and nowhere else. They are stored in slices of their width, for eight are fewer than the
+ranks of a large fsdp. The router has all logits of its tokens; what its losses read is a mean over the microbatch, made
+whole on every rank at `router.load`.
 
 V vocabulary, D model width, F an expert's width, E experts, L what a router's losses read (2 E + 1), H and K query and
 key-value heads, hd a head's width, B batch, S sequence, T positions of the rotary tables.
