@@ -35,6 +35,7 @@ from models.llama import Llama
 Form = Literal["styles", "tuned"]
 Batch = dict[str, Tensor]
 IGNORED = -100  # the label of a token that is not counted
+BATCH_AXES = ("dp", "fsdp", "ep")
 
 
 @attrs.frozen(kw_only=True)
@@ -55,7 +56,7 @@ class Trainer:
 
     `leaves` are what the optimizer updates: the parameters themselves, or (form `tuned`) their local
     parts, which share storage. `copies` counts the ranks that hold the same part of each. `owed` names
-    those whose gradients are summed over tp once a step.
+    those whose gradients are summed over the axis `owed_over` once a step.
     """
 
     model: Llama
@@ -66,6 +67,7 @@ class Trainer:
     copies: dict[str, int]
     owed: tuple[str, ...]
     optimizer: torch.optim.Optimizer
+    owed_over: str = "tp"
 
     @classmethod
     def make(cls, model: Llama, mesh: DeviceMesh | None, options: Options) -> Self:
@@ -108,7 +110,7 @@ class Trainer:
     def local_batch(self, batch: Batch) -> Batch:
         """Return this rank's rows of a global batch {"tokens", "labels"}, each [B, S]."""
         index, count = 0, 1
-        for axis in ("dp", "fsdp"):
+        for axis in BATCH_AXES:
             if has(self.mesh, axis):
                 index = index * self.mesh[axis].size() + self.mesh[axis].get_local_rank()
                 count *= self.mesh[axis].size()
@@ -125,7 +127,7 @@ class Trainer:
         with loss_parallel() if tp_styles else contextlib.nullcontext():
             total = self.loss_sum(self.model(batch["tokens"]), batch["labels"])
             total_weight = torch.stack((total.detach(), (batch["labels"] != IGNORED).sum().to(total.dtype)))
-            if has(self.mesh, "fsdp"):
+            if any(has(self.mesh, axis) for axis in BATCH_AXES):
                 dist.all_reduce(total_weight, group=batch_group(self.mesh))
             loss_sum, weight = total_weight.unbind()
             weight.clamp_(min=1)
@@ -151,7 +153,7 @@ class Trainer:
             if self.leaves[name] is not parameter:
                 self.leaves[name].grad = local_part(parameter.grad)
         if self.owed:
-            group = self.mesh.get_group("tp")
+            group = self.mesh.get_group(self.owed_over)
             with dist._coalescing_manager(group=group, async_ops=True) as work:
                 for name in self.owed:
                     dist.all_reduce(self.leaves[name].grad, group=group)
