@@ -63,16 +63,14 @@ class ExpertsTrainer(Trainer):
         store_dense(model, mesh)
         parameters = dict(model.named_parameters())
         leaves = {name: local_part(parameter).detach() for name, parameter in parameters.items()}
-        replicated = {name for name in leaves if "router" in name}
         return cls(
             model=model,
             mesh=mesh,
             options=options,
             parameters=parameters,
             leaves=leaves,
-            copies={name: mesh.size() if name in replicated else 1 for name in leaves},
-            owed=tuple(replicated),
-            owed_over="ep",
+            copies=dict.fromkeys(leaves, 1),
+            owed=(),
             optimizer=torch.optim.AdamW(
                 list(leaves.values()),
                 lr=options.lr,
@@ -107,8 +105,8 @@ def global_mean(load: Tensor, group: dist.ProcessGroup) -> Any:
 
 
 def store_dense(model: Mixtral, mesh: DeviceMesh) -> None:
-    """FSDP2 with a unit a block for what is neither expert nor router; a gradient is the plain sum over ranks."""
-    ignored = {p for name, p in model.named_parameters() if ".experts." in name or "router" in name}
+    """FSDP2 with a unit a block for what is no expert; a gradient is the plain sum over ranks."""
+    ignored = {p for name, p in model.named_parameters() if ".experts." in name}
     for block in model.layers:
         fully_shard(block, mesh=mesh, ignored_params=ignored)
     fully_shard(model.tok_embeddings, mesh=mesh)

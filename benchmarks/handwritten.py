@@ -56,7 +56,7 @@ class Trainer:
 
     `leaves` are what the optimizer updates: the parameters themselves, or (form `tuned`) their local
     parts, which share storage. `copies` counts the ranks that hold the same part of each. `owed` names
-    those whose gradients are summed over the axis `owed_over` once a step.
+    those whose gradients are summed over tp once a step.
     """
 
     model: Llama
@@ -67,7 +67,6 @@ class Trainer:
     copies: dict[str, int]
     owed: tuple[str, ...]
     optimizer: torch.optim.Optimizer
-    owed_over: str = "tp"
 
     @classmethod
     def make(cls, model: Llama, mesh: DeviceMesh | None, options: Options) -> Self:
@@ -153,7 +152,7 @@ class Trainer:
             if self.leaves[name] is not parameter:
                 self.leaves[name].grad = local_part(parameter.grad)
         if self.owed:
-            group = self.mesh.get_group(self.owed_over)
+            group = self.mesh.get_group("tp")
             with dist._coalescing_manager(group=group, async_ops=True) as work:
                 for name in self.owed:
                     dist.all_reduce(self.leaves[name].grad, group=group)

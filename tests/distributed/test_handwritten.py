@@ -1,12 +1,20 @@
 """The hand-written training steps that shardspec is measured against compute what the plain loop does."""
 
+from collections.abc import Callable
+
+import attrs
 import pytest
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from benchmarks.experts_by_hand import ExpertsTrainer
 from benchmarks.handwritten import IGNORED, Batch, Options, Trainer
 from benchmarks.pipeline_by_hand import PipelineTrainer
+from benchmarks.sides import SHARED_SIZES
+from models import mixtral
 from models.llama import LlamaConfig, build
+from models.mixtral import MixtralConfig
 from tests.distributed.harness import CollectiveLog, run_ranks
 
 CONFIG = LlamaConfig(dim=32, n_layers=2, n_heads=8, n_kv_heads=4, ffn_dim=48, vocab_size=64, max_seq_len=16)
@@ -53,6 +61,16 @@ def test_two_steps_of_a_pipeline_equal_two_plain_ones(sizes: dict[str, int]):
         for name in ("loss", "grad_norm"):
             torch.testing.assert_close(metrics[name], expected["metrics"][name], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(held, expected["parameters"], rtol=1e-10, atol=1e-12)
+
+
+def test_two_steps_of_a_mixture_over_ep_equal_two_plain_ones():
+    def train_mixture(rank: int, world: int):
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
+        return train(ExpertsTrainer.make(mixture(), mesh, Options(clip=CLIP)))
+
+    expected = plain_loop(mixture)
+    for result in run_ranks(2, train_mixture):
+        torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_the_trainer_of_one_rank_is_the_plain_loop():
@@ -104,14 +122,16 @@ def train(trainer: Trainer) -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def plain_loop() -> dict[str, dict[str, torch.Tensor]]:
-    """The same from the plainest loop there is."""
-    plain, gradients = model(), {}
+def plain_loop(make: Callable[[], nn.Module] | None = None) -> dict[str, dict[str, torch.Tensor]]:
+    """The same from the plainest loop there is; a mixture's forward gives the routers' loss too, to be added."""
+    plain, gradients = (make or model)(), {}
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     for batch in batches():
         counted = batch["labels"] != IGNORED
-        log_p = plain(batch["tokens"]).log_softmax(-1)[counted]
-        loss = -log_p.gather(1, batch["labels"][counted][:, None]).sum() / counted.sum()
+        output = plain(batch["tokens"])
+        logits, aux = output if isinstance(output, tuple) else (output, 0)
+        log_p = logits.log_softmax(-1)[counted]
+        loss = aux - log_p.gather(1, batch["labels"][counted][:, None]).sum() / counted.sum()
         optimizer.zero_grad()
         loss.backward()
         gradients = gradients or {name: p.grad.clone() for name, p in plain.named_parameters()}
@@ -128,6 +148,12 @@ def plain_loop() -> dict[str, dict[str, torch.Tensor]]:
 def model() -> torch.nn.Module:
     torch.manual_seed(0)
     return build(CONFIG).double()
+
+
+def mixture() -> torch.nn.Module:
+    torch.manual_seed(0)
+    sizes = attrs.asdict(CONFIG, filter=lambda field, _: field.name in SHARED_SIZES)
+    return mixtral.build(MixtralConfig(**sizes, n_experts=4, ffn_dim=24)).double()
 
 
 def batches() -> list[Batch]:
