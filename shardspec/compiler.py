@@ -159,7 +159,7 @@ class Compiler:
             pipeline = lay(typed, self.names.whole, self.rules, whole, self.policy) if whole["pp"] > 1 else None
         return Plan.deferred(
             whole,
-            lambda world: self.legal_meshes(world, batch, loss, pipelined=whole["pp"] > 1),
+            lambda world: self.legal_meshes(world, batch, loss),
             lambda: assemble(typed, self.names.whole, self.rules, whole, self.policy, summed, pipeline),
         )
 
@@ -286,36 +286,30 @@ class Compiler:
             return False
         return True
 
-    def legal_meshes(
-        self, world: int, inputs: Batch, loss: Callable[..., Any] | None, *, pipelined: bool = False
-    ) -> tuple[Mesh, ...]:
+    def legal_meshes(self, world: int, inputs: Batch, loss: Callable[..., Any] | None) -> tuple[Mesh, ...]:
         """Every mesh of `world` ranks over the axes of the table that passes the check."""
-        return tuple(plan.mesh for plan in self.legal_plans(world, inputs, loss, pipelined=pipelined))
+        return tuple(plan.mesh for plan in self.legal_plans(world, inputs, loss))
 
-    def legal_plans(
-        self, world: int, inputs: Batch, loss: Callable[..., Any] | None, *, pipelined: bool = False
-    ) -> Iterator[Plan]:
+    def legal_plans(self, world: int, inputs: Batch, loss: Callable[..., Any] | None) -> Iterator[Plan]:
         """The plan of every mesh of `world` ranks over the axes of the table that passes the check.
 
         For each set of axes larger than one, the first mesh that passes tells what their sizes must divide; the
-        others are checked where that holds.
-
-        Args:
-            pipelined: try meshes with pp too, whose legality hangs on the policy's schedule and microbatches.
+        others are checked where that holds. Meshes with pp are among them where the table lays layers over it: whether
+        they pass hangs on the policy's schedule and microbatches too, and facts hold for as many microbatches alone.
         """
         table, _ = parse_table(self.rules)
         named = {axis for entry in (*table.params, *table.activations) for axis in entry.spec.axes}
-        named |= {"pp"} if pipelined else set()
-        facts: dict[tuple[str, ...], tuple[Constraint, ...]] = {}
+        named |= {"pp"} if self.rules.pipeline is not None else set()
+        facts: dict[tuple[tuple[str, ...], int], tuple[Constraint, ...]] = {}
         for mesh in meshes(world, [axis for axis in AXES if axis in named]):
-            if not all(fact.holds(mesh) for fact in facts.get(mesh.axes, ())):
+            key = (mesh.axes, microbatch_count(self.policy, mesh))
+            if not all(fact.holds(mesh) for fact in facts.get(key, ())):
                 continue
             try:
                 plan = self.plan(mesh, inputs, loss, fix=False)
             except ShardingError:
                 continue
-            if mesh.axes not in facts:
-                facts[mesh.axes] = plan.constraints
+            facts.setdefault(key, plan.constraints)
             yield plan
 
 

@@ -357,7 +357,8 @@ class Plan:
     def legal_meshes(self, world: int) -> tuple[Mesh, ...]:
         """Every mesh of `world` ranks, over the axes that the table names, that passes the check.
 
-        Meshes with pp are among them where this plan's own has it.
+        Meshes with pp are among them where the table has `pipeline=`: those that pass with the policy's schedule and
+        microbatches.
 
         Raises:
             ValueError: for a plan that was read from a file, which no longer knows its model.

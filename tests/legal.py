@@ -86,7 +86,7 @@ def agreement(family: Family, worlds: Iterable[int]) -> Agreement:
             plans[mesh] = compiler.plan(mesh, family.batch, loss_fn, fix=False)
         except ss.ShardingError:
             continue
-    listed = {mesh for world in worlds for mesh in next(iter(plans.values())).legal_meshes(world)}
+    listed = {mesh for world in worlds for mesh in next(iter(plans.values())).legal_meshes(world) if mesh["pp"] == 1}
     first: dict[tuple[str, ...], ss.Plan] = {}
     for mesh, plan in plans.items():
         first.setdefault(mesh.axes, plan)

@@ -131,13 +131,13 @@ def test_the_legal_meshes_of_a_world_are_those_of_the_plan(plan_file):
 
     plan = ss.compile(lambda: build("debug"), TABLE, ss.Mesh(fsdp=2), inputs(8, 128))
     lines = succeeds("legal", RULES, *LLAMA, "--world", "8").splitlines()
-    assert lines[0] == "9 meshes of 8 ranks pass for models.llama:debug"
+    assert lines[0] == "18 meshes of 8 ranks pass for models.llama:debug"
     assert [line.split()[0] for line in lines[5:]] == [str(mesh) for mesh in plan.legal_meshes(8)]
 
 
 def test_a_mesh_is_set_beside_the_legal_ones():
     lines = succeeds("legal", RULES, *LLAMA, "--world", "2", *MESH).splitlines()
-    assert lines[0] == "3 meshes of 2 ranks pass for models.llama:debug"
+    assert lines[0] == "4 meshes of 2 ranks pass for models.llama:debug"
     assert [line.split()[0] for line in lines if line.endswith("given")] == ["fsdp=2,tp=2"]
 
 

@@ -34,7 +34,23 @@ def test_legal_meshes_by_symbol_are_those_that_pass_the_check(family: Family):
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_a_plans_own_list_is_what_compile_accepts(family: Family):
     plan = ss.compile(family.model, family.rules, ss.Mesh(tp=2), family.batch, loss_fn)
-    assert set(plan.legal_meshes(6)) == {mesh for mesh in all_meshes([6]) if passes(family, mesh)}
+    listed = {mesh for mesh in plan.legal_meshes(6) if mesh["pp"] == 1}
+    assert listed == {mesh for mesh in all_meshes([6]) if passes(family, mesh)}
+
+
+def test_meshes_with_pp_are_listed_where_the_table_lays_layers_over_it():
+    """Llama debug on 12 ranks: 4 layers, 4 key-value heads, 12 rows, as many microbatches as stages. Over pp=2 fsdp
+    divides 6, over pp=3 it divides 4."""
+    family = attrs.evolve(LLAMA, rows=12)
+    plan = ss.compile(family.model, family.rules, ss.Mesh(tp=2), family.batch, loss_fn)
+    expected = {
+        ss.Mesh(pp=pp, dp=mesh["dp"], fsdp=mesh["fsdp"], tp=mesh["tp"])
+        for pp in (1, 2, 3, 4)
+        for mesh in all_meshes([12 // pp])
+        if 4 % mesh["tp"] == 0 and 12 // pp % (mesh["dp"] * mesh["fsdp"]) == 0
+    }
+    assert {ss.Mesh(pp=2, fsdp=6), ss.Mesh(pp=3, fsdp=4)} < expected
+    assert set(plan.legal_meshes(12)) == expected
 
 
 def test_what_is_legal_by_hand():
@@ -44,7 +60,7 @@ def test_what_is_legal_by_hand():
         expected = {
             mesh for mesh in all_meshes([world]) if 4 % mesh["tp"] == 0 and 48 % (mesh["dp"] * mesh["fsdp"]) == 0
         }
-        assert set(plan.legal_meshes(world)) == expected
+        assert {mesh for mesh in plan.legal_meshes(world) if mesh["pp"] == 1} == expected
 
 
 @pytest.mark.parametrize("rows", [6, 10])

@@ -79,13 +79,14 @@ def plan(
 @click.option("--world", type=click.IntRange(min=1), required=True, help="How many ranks a mesh has.")
 @model_options(required=True)
 @mesh_option("A mesh of any size to set beside them.")
-def legal(table: str, world: int, asked: Asked, mesh: Mesh) -> None:
+@policy_options
+def legal(table: str, world: int, asked: Asked, mesh: Mesh, policy: dict[str, Any]) -> None:
     """List the meshes of --world ranks that pass the check, and what each costs.
 
     MODULE:RULES names the table, as models.llama:RULES.
     """
     rules = load_rules(table)
-    target = load_target(asked)
+    target = evolve(load_target(asked), policy=Policy(**policy))
     compiler = target.compiler(rules)
     given = [compiler.plan(mesh, target.inputs, target.loss)] if mesh.world > 1 else []
     plans = list(compiler.legal_plans(world, target.inputs, target.loss))
