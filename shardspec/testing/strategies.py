@@ -30,6 +30,7 @@ def meshes(plan: Plan, most: int = 8) -> "SearchStrategy[Mesh]":
     """Meshes on which the plan's table is legal for its model and its global batch; shrinks to the mesh of one rank.
 
     The candidates are checked when the first one is drawn, once; a test over them wants `settings(deadline=None)`.
+    Those with pp are drawn for a plan with a loss alone: `assert_parity` cannot make one for several microbatches.
 
     Args:
         plan: what `ss.compile` gave, on any mesh.
@@ -42,7 +43,8 @@ def meshes(plan: Plan, most: int = 8) -> "SearchStrategy[Mesh]":
     hypothesis = _strategies()
 
     def legal() -> Any:
-        return hypothesis.sampled_from([mesh for world in range(1, most + 1) for mesh in plan.legal_meshes(world)])
+        found = [mesh for world in range(1, most + 1) for mesh in plan.legal_meshes(world)]
+        return hypothesis.sampled_from([mesh for mesh in found if mesh["pp"] == 1 or plan.loss is not None])
 
     return hypothesis.deferred(legal)
 
