@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from rich.console import Console
@@ -59,8 +59,8 @@ class Report:
         if step == self._start + 1 < self._steps:
             self._timed_from, self._untimed = time.perf_counter(), step
 
-    def write(self, **entry: float) -> None:
-        """Append one JSON line."""
+    def write(self, **entry: float | list[Any]) -> None:
+        """Append one JSON line of numbers, and of lists of them."""
         if self._file is not None:
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
@@ -70,8 +70,8 @@ class Report:
         if not self._pending:
             return
         for step, metrics in self._pending:
-            values = {name: float(value) for name, value in metrics.items()}
-            self.loss = values["loss"]
+            values = {name: value.tolist() if value.ndim else float(value) for name, value in metrics.items()}
+            self.loss = float(metrics["loss"])
             self.write(step=step, **values)
         self._done = self._pending[-1][0]
         self._pending.clear()

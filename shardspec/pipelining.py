@@ -1,6 +1,7 @@
 """Pipelines: which layers make a stage, what crosses from one to the next, and whether a forward can be cut so."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -116,18 +117,20 @@ class Cut:
     def carried(self, stage: int) -> dict[int, str]:
         """What crosses into a stage: values that enter its first layer, and the names of the arguments.
 
-        The first argument, whatever it is (""), and those others that no rank can make again.
+        The first argument, whatever it is (""), and those others that no rank can make again; not one whose name
+        another has too, as behind a `*args`.
         """
         node = self.program.nodes[self.begins[stage]]
         known = reproducible(self.program, self.begins[stage])
         found = {node.args[0].index: ""}
         block: Block = node.func.block
-        for inner in block.nodes:
-            name = inner.func[0] if inner.op == "point" else ""
-            if name.startswith(":in.") and inner.args[0].index in block.inputs:
-                value = node.args[block.inputs.index(inner.args[0].index)].index
+        points = [inner for inner in block.nodes if inner.op == "point" and str(inner.func[0]).startswith(":in.")]
+        count = Counter(point.func[0] for point in points)
+        for point in points:
+            if count[point.func[0]] == 1 and point.args[0].index in block.inputs:
+                value = node.args[block.inputs.index(point.args[0].index)].index
                 if known.get(value) is False:
-                    found.setdefault(value, name.removeprefix(":in."))
+                    found.setdefault(value, point.func[0].removeprefix(":in."))
         return found
 
 

@@ -1,7 +1,6 @@
 """Attach a plan's points to the modules of the runtime's own copy of a model."""
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, Self
@@ -23,6 +22,7 @@ from shardspec.runtime.boundary import pass_point
 from shardspec.runtime.buffers import Remat
 from shardspec.runtime.fabric import Fabric
 from shardspec.runtime.vocab import cross_entropy_sharded, embedding_sharded
+from shardspec.twin import forward_arguments
 
 
 @define(eq=False)
@@ -81,7 +81,7 @@ class Boundary(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         del device_mesh
         if self.inputs:
-            names = list(inspect.signature(type(module).forward).parameters)[1:]
+            names = forward_arguments(module)
             module.register_forward_pre_hook(functools.partial(self._enter, names), with_kwargs=True)
         if self.outputs:
             # In front of the model's own hooks, which read what stands behind the point, as the check has it.

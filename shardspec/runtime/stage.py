@@ -6,7 +6,6 @@ place; and the next stage's first layer ends the forward with what would enter i
 """
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from shardspec.plan import ActivationPlan, ParamPlan, PipelinePlan, StagePlan
 from shardspec.runtime.apply import LocalModel
 from shardspec.torch_private import stage_backward_input, stage_backward_weight
+from shardspec.twin import forward_arguments
 
 Crossing = tuple[Tensor, ...]
 """What one stage hands to the next: the first argument of its first layer, and others that an earlier stage made."""
@@ -83,7 +83,8 @@ def crossing(names: Sequence[str], module: nn.Module, args: Any, kwargs: Any) ->
     first = next((item for item in (*args, *kwargs.values()) if isinstance(item, Tensor)), None)
     if not names:
         return (first,)
-    given = dict(zip(list(inspect.signature(type(module).forward).parameters)[1:], args, strict=False)) | kwargs
+    known = forward_arguments(module)
+    given = {known[index] if index < len(known) else str(index): item for index, item in enumerate(args)} | kwargs
     return (first, *(given[name] for name in names))
 
 

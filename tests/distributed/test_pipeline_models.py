@@ -137,6 +137,21 @@ def test_the_other_arguments_of_a_layer_cross_too_and_so_do_their_gradients():
         policy = ss.Policy(schedule=schedule, microbatches=4, remat=remat)
         assert farthest(ss.Mesh(pp=2), policy, make=Beside, rules=rules) < TOLERANCE
 
+    class Alike(BesideLayer):
+        """Its second argument is named as the third: names of what stands behind `*args` are those of the others."""
+
+        def forward(self, x: Tensor, *seen: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return super().forward(x, *seen, total=total)
+
+    def alike() -> nn.Module:
+        model = Beside()
+        model.layers = nn.ModuleList(Alike() for _ in range(4))
+        return model
+
+    batch = {name: torch.zeros(8, 5, dtype=torch.long) for name in ("tokens", "labels")}
+    with pytest.raises(ss.ShardingError, match="SS331"):
+        ss.compile(alike, rules, ss.Mesh(pp=2), batch | {"scale": torch.zeros(8, 5, 1)}, loss_fn)
+
 
 @pytest.mark.parametrize("mesh", ["pp=2", "pp=3", "dp=2,pp=2"])
 def test_what_stands_between_layers_and_what_is_drawn_is_as_without_a_pipeline(mesh: str):
