@@ -21,6 +21,31 @@ from shardspec.twin import required_arguments
 Batch = Mapping[str, Any]
 
 
+class LocalBatch(dict[str, Any]):
+    """A rank's part of a global batch; `balanced` where its sequence lies head and tail over cp."""
+
+    balanced: bool = False
+
+
+def check_order(batch: Batch, *, balanced: bool) -> None:
+    """SS411 for a batch whose sequence is in another order than a program reads it in: no shape would tell."""
+    if getattr(batch, "balanced", False) != balanced:
+        order = "head and tail, two chunks on each rank" if balanced else "in order, one run on each rank"
+        other = "in order" if balanced else "head and tail"
+        refuse(
+            "SS411",
+            f"the batch is not as local_batch cuts it: its sequence is taken to lie {other} over cp",
+            why=f"the plan lays the sequence {order}: attention masks by the place in the whole, and labels and "
+            "positions must lie as tokens do",
+            advice=(
+                "hand on what sharded.local_batch(batch) returns, as it is: it cuts every entry by its rule",
+                "where a loader reads its own consecutive part, leave the sequence in order: ss.Policy(balance=False)",
+            )
+            if balanced
+            else ("hand on what sharded.local_batch(batch) of the same sharded model returns",),
+        )
+
+
 def batch_key(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
     """What of a batch decides its program: names, shapes, dtypes, and what is no tensor."""
     return tuple(

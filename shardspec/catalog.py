@@ -541,6 +541,54 @@ weight is: a rank of tp would compute its features for its own rows alone.""",
         right='experts=r"layers\\.\\d+\\.moe\\.experts"      # forward(x, ids, weights)',
     ),
     CodeEntry(
+        code="SS340",
+        title="positions that every rank counts from the front",
+        explanation="""\
+With `S@cp` a rank holds a part of the sequence. A model that makes positions by the length at hand
+(`torch.arange(x.shape[1])`), or reads the first rows of a table for them (`rope_cos[:x.shape[1]]`), gives every
+rank the positions 0, 1, 2, ...: each takes its tokens for the first of the sequence. All shapes fit, so that such a
+run would train, and be wrong.
+Positions come into a model as its batch does: have forward take `positions` and index its tables by them, put
+`torch.arange(S)` into the batch, and lay it by `"S@cp"`. A buffer with just a row for each position may be laid
+`"S@cp ..."` itself. Tokens, labels, positions and masks then lie alike on a rank, whichever order that is.""",
+        wrong="cos = self.rope_cos[: x.shape[1]]",
+        right="cos = self.rope_cos[positions]",
+    ),
+    CodeEntry(
+        code="SS341",
+        title="attention that a strategy cannot compute over a split sequence",
+        explanation="""\
+`Policy(attention=...)` says how attention reads a sequence that is split over cp. "allgather" gathers keys and values
+and takes a mask with the rank's rows and all columns; "ring" passes keys and values from rank to rank and takes none;
+"ulysses" exchanges sequence for heads and takes a whole mask. None drops attention weights at random.
+The message names the strategies that can compute the call. A mapping of regexes to strategies chooses one for some
+modules: `Policy(attention={r"encoder\\..*": "allgather", ".*": "ring"})`.""",
+        wrong='Policy(attention="ring")         # F.scaled_dot_product_attention(q, k, v, attn_mask=mask)',
+        right='Policy(attention="allgather")',
+    ),
+    CodeEntry(
+        code="SS342",
+        title="fewer heads than ranks that exchange them",
+        explanation="""\
+"ulysses" gives each rank of cp some heads for the whole sequence. Queries as well as keys and values must have as many
+heads as there are ranks, or a multiple, after tp has taken its share: cp divides K / tp. With few key-value heads
+that leaves little room.
+Take one of the degrees that the message lists, split heads less by tp, or use "ring" or "allgather".""",
+        wrong='Policy(attention="ulysses")      # 2 key-value heads, cp=4',
+        right='Policy(attention="ring")',
+    ),
+    CodeEntry(
+        code="SS343",
+        title="a sequence that cannot be laid head and tail",
+        explanation="""\
+Under a causal mask late positions read more keys than early ones. So that each rank of cp has as much work, the
+sequence is cut into 2 cp chunks, and rank r holds chunks r and 2 cp - 1 - r. Here 2 cp does not divide a length, or a
+view cuts the two chunks of a rank, which do not follow each other in the whole.
+By default the order is chosen where 2 cp divides the sequence; `Policy(balance=False)` leaves it in order.""",
+        wrong="Policy(balance=True)             # S = 12, cp = 4",
+        right="Policy(balance=False)",
+    ),
+    CodeEntry(
         code="SS401",
         title="an argument or a batch of the wrong kind",
         explanation="""\
@@ -644,6 +692,16 @@ A save replaces a checkpoint and nothing else: a folder with other things in it 
 writable, and the same folder on every rank. An optimizer's state may be any nest of dicts, lists and tuples whose
 leaves are numbers or tensors; a tensor is saved as a parameter is where it has the name and shape of one, and must
 else be the same on every rank.""",
+    ),
+    CodeEntry(
+        code="SS411",
+        title="a batch whose sequence is in another order",
+        explanation="""\
+Where causal attention is balanced over cp, a rank holds two chunks of the sequence, one from the front and one from the
+back. `local_batch` cuts every entry with `@cp` so, by the same rule. A batch that was not cut by it would be read in
+another order than its own, and no shape would tell.
+Hand on what `local_batch` returns, as it is. A loader that reads a consecutive part of the sequence on each rank
+goes with `Policy(balance=False)`.""",
     ),
     CodeEntry(
         code="SS421",

@@ -14,9 +14,10 @@ from shardspec.mesh import Mesh
 from shardspec.program import Block, Graph, Program
 from shardspec.rules.fit import check_rank, layout_of, learn_sizes
 from shardspec.rules.match import assign, idle_batch_axes
-from shardspec.rules.parse import Entry, ParamClaim, Sizes, Storage, Table, change, check_storage
+from shardspec.rules.parse import STORAGE_AXES, Entry, ParamClaim, Sizes, Storage, Table, change, check_storage
 from shardspec.rules.table import Rules
-from shardspec.survey import Survey, View
+from shardspec.sequence import AXIS
+from shardspec.survey import Parameter, Survey, View
 from shardspec.units import attribute_sizes
 
 
@@ -48,7 +49,7 @@ def match_params(table: Table, names: View, mesh: Mesh) -> tuple[dict[str, Param
     clashing = {place for conflict in conflicts for place in conflict.locations[:1]}
     params: dict[str, ParamClaim] = {}
     uneven: dict[Any, Diagnostic] = {}
-    fitted: dict[tuple[Entry, tuple[int, ...], bool], tuple[Layout, Storage, Diagnostic | None]] = {}
+    fitted: dict[tuple[Entry, tuple[int, ...], bool, bool], tuple[Layout, Storage, Diagnostic | None]] = {}
     stacked = expert_weights(table.rules, names)
     placed: dict[tuple[Entry, bool], Diagnostic | None] = {}
     for name, entry, shape in shaped:
@@ -58,9 +59,12 @@ def match_params(table: Table, names: View, mesh: Mesh) -> tuple[dict[str, Param
         if misplaced := placed.get((entry, expert)):
             wrong.setdefault(entry, misplaced)
             continue
-        if (entry, shape, expert) not in fitted:
-            fitted[entry, shape, expert] = layout_of(entry, name, shape, sizes.known, mesh, storage=True, expert=expert)
-        layout, storage, problem = fitted[entry, shape, expert]
+        stores = not lies_with_sequence(names.parameters[name], entry)
+        if (entry, shape, expert, stores) not in fitted:
+            fitted[entry, shape, expert, stores] = layout_of(
+                entry, name, shape, sizes.known, mesh, storage=stores, expert=expert
+            )
+        layout, storage, problem = fitted[entry, shape, expert, stores]
         if problem and entry.location not in clashing:
             uneven.setdefault((entry, shape), problem)
         known = names.parameters[name]
@@ -98,6 +102,12 @@ def check_expert_axis(entry: Entry, name: str, *, expert: bool) -> Diagnostic | 
         locations=(entry.location,),
         advice=("write E@ep, or E@(ep,fsdp), on dim 0 and leave ep out elsewhere",),
     )
+
+
+def lies_with_sequence(known: Parameter, entry: Entry) -> bool:
+    """Whether a rule lays a buffer over cp as a sequence is: one that is made with the model, and is in no state."""
+    storing = {axis for axis in entry.spec.axes if axis in STORAGE_AXES}
+    return known.is_buffer and not known.persistent and storing == {AXIS}
 
 
 def _ties(params: Mapping[str, ParamClaim], names: View) -> Iterable[Diagnostic]:

@@ -10,9 +10,11 @@ from attrs import define, evolve, field
 
 from shardspec import lower as lowering
 from shardspec.arguments import as_model, check_arguments
+from shardspec.balanced import lies_balanced
 from shardspec.batch import Batch, batch_key, check_inputs, entry_plans, global_shapes, host_read, microbatch_shapes
 from shardspec.claims import match_params, match_points, told_apart
 from shardspec.constraints import Constraint
+from shardspec.context import attention_collectives
 from shardspec.diagnostics import Diagnostic, ShardingError
 from shardspec.dryrun import Difference, dry_run
 from shardspec.exchange import experts_collectives, lower_experts
@@ -28,9 +30,10 @@ from shardspec.policy import Policy
 from shardspec.program import Program
 from shardspec.recording import trace
 from shardspec.residency import usage
-from shardspec.rules.match import as_pattern, fold, unknown_sizes, unused_axes
+from shardspec.rules.match import as_pattern, assign, fold, unknown_sizes, unused_axes
 from shardspec.rules.parse import Table, parse_table
 from shardspec.rules.table import Rules
+from shardspec.sequence import AXIS
 from shardspec.stages import Claims, TypedProgram
 from shardspec.staging import sends, staged_params, staged_points, staged_steps, staged_units
 from shardspec.survey import Model, Survey, View, survey
@@ -145,7 +148,7 @@ class Compiler:
                 _, found = match_points(table, self.names, program, sizes, mesh, Kin())
             settle(attempt.fixed(found))
             claims = Claims(table, kin, params, points, sizes)
-            typed = typecheck(program, claims, mesh, has_loss=loss is not None, hinted=fix)
+            typed = typecheck(program, claims, mesh, has_loss=loss is not None, hinted=fix, policy=self.policy)
             settle(attempt.fixed(typed.diagnostics))
             differences = dry_run(self.names, typed.forward, program, claims, attributes, inputs, loss, training)
             found = explain_differences(differences, typed)
@@ -181,7 +184,9 @@ class Compiler:
         """The repeated blocks that no pattern of a table tells apart."""
         units = [pattern for unit in self.rules.units for pattern in ((unit,) if isinstance(unit, str) else unit)]
         experts = [table.rules.experts] if table.rules.experts is not None else []
-        modules = [re.compile(pattern) for pattern in (*units, *table.rules.attributes, *experts)]
+        strategies = [pattern for pattern, _ in self.policy.attention]
+        named = (*units, *table.rules.attributes, *experts, *strategies)
+        modules = [re.compile(pattern) for pattern in named]
         return kindred(self.names, [entry.regex for entry in table.params], modules)
 
     def look(self, outline: View, stage: Callable[[View], Looked]) -> Looked:
@@ -218,6 +223,18 @@ class Compiler:
         plans, found = entry_plans(table, known, mesh, batch)
         settle(found)
         return plans
+
+    def balanced(self, mesh: Mesh, batch: Batch) -> bool:
+        """Whether the sequence of a global batch lies head and tail over cp."""
+        if mesh[AXIS] == 1 or self.policy.balance is False:
+            return False
+        table, _ = parse_table(self.rules)
+        whole = microbatch_shapes(table, mesh, batch, microbatch_count(self.policy, mesh))
+        program = self.program(whole, None, None)
+        points = assign(table.activations, program.entries, what=str, alive=lambda _: True, place=table.rules.location)[
+            0
+        ]
+        return lies_balanced(program, points, mesh, self.policy)
 
     def global_shapes(self, mesh: Mesh, batch: Batch) -> dict[str, Any]:
         """The whole batch that a local one is a part of, on meta."""
@@ -259,7 +276,9 @@ class Compiler:
                 points, found = match_points(table, self.names, program, sizes, mesh, kin)
                 if not found:
                     claims = Claims(table, kin, params, points, sizes)
-                    found = typecheck(program, claims, mesh, has_loss=loss is not None, hinted=False).diagnostics
+                    found = typecheck(
+                        program, claims, mesh, has_loss=loss is not None, hinted=False, policy=self.policy
+                    ).diagnostics
         return found
 
     def named_attributes(
@@ -370,6 +389,7 @@ def assemble(
         *lowering.point_collectives(typed, again, dtype_of),
         *experts_collectives(typed, again),
         *lowering.substitution_collectives(typed, dtype_of),
+        *attention_collectives(typed, again, dtype_of),
     ]
     if pipeline is None:
         gathers = lowering.unit_collectives(params, units, typed.mesh, last, policy)
@@ -401,6 +421,7 @@ def assemble(
         last_unit=last,
         pipeline=pipeline,
         experts=lower_experts(typed),
+        balanced=typed.inference.balanced,
         counted=(
             (lambda: usage(typed, params, units, last, stepwise, facts))
             if pipeline is None

@@ -58,7 +58,7 @@ class Backward:
     inputs: tuple[Cot | None, ...] = ()
     calls: dict[int, "Backward"] = field(factory=dict)
     alive: set[int] = field(factory=set)
-    """Points that a gradient passes."""
+    """Points that a gradient passes, and operators with a local form of their own."""
     completed: dict[int, tuple[frozenset[str] | None, ...]] = field(factory=dict)
     """Call of an experts module that a gradient passes -> the axes over which it completes the gradients of the rows
     that enter it, and of their weights; None for what wants no gradient."""
@@ -133,7 +133,7 @@ class Cotangents:
             elif node.op == "experts":
                 self._experts(typed, back, position, node, cots, uses, discharged, live)
             else:
-                self._operator(typed, position, node, cots, uses, discharged, live)
+                self._operator(typed, back, position, node, cots, uses, discharged, live)
 
     def _point(self, typed: TypedGraph, position: int, cot: Cot, arrived: dict[int, frozenset[str]]) -> Cot:
         step = typed.transitions.get(position)
@@ -149,6 +149,7 @@ class Cotangents:
     def _operator(
         self,
         typed: TypedGraph,
+        back: Backward,
         position: int,
         node: Node,
         cots: dict[int, Cot],
@@ -162,6 +163,8 @@ class Cotangents:
         moving = {ref.index for ref in refs if ref.index in live}
         if not moving:
             return
+        if position in typed.lowering:
+            back.alive.add(position)
         if len(moving) > 1 or any(typed.graph.values[index].kind == "param" for index in moving):
             cots = {index: self._complete(cot, discharged) for index, cot in cots.items()}
         for ref, read in zip(refs, typed.consumed[position], strict=False):

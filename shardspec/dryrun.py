@@ -17,6 +17,7 @@ from shardspec.infer import TypedGraph, absolute
 from shardspec.kin import Kin
 from shardspec.nests import distinct, tensor_leaves
 from shardspec.program import Graph, Node, Program, Ref, Value, substitute, tensors
+from shardspec.rules.attention import ATTENTION
 from shardspec.rules.operator import Refusal, Type, named_arguments
 from shardspec.stages import Claims
 from shardspec.survey import Survey
@@ -38,6 +39,8 @@ SHAPED = VIEWS | {
 
 LENGTHS = frozenset({"size", "sizes", "shape", "split_size", "split_sizes", "chunks"})
 """The arguments of such operators that are sizes."""
+
+ATTENTION_FUNCTION = torch.ops.aten.scaled_dot_product_attention.default
 
 PLACES = frozenset({"device", "pin_memory", "memory_format", "layout"})
 """Arguments that say where a result lies, and nothing of its values."""
@@ -164,6 +167,16 @@ class Replayer(Tracer):
             for name, value in named.items()
         )
 
+    def record(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A mask over a sequence that is split over cp has the columns of all keys: the typing has looked at it."""
+        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+        if func is ATTENTION_FUNCTION and isinstance(mask, torch.Tensor) and not _fits(mask, args[0], args[1]):
+            query, value = args[0], args[2]
+            with no_torch_function(), no_torch_dispatch():
+                out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+            return self.append(func, ATTENTION, args, kwargs, out)
+        return super().record(func, args, kwargs)
+
     def append_block(self, node: Node, entered: list[torch.Tensor], out: Any) -> Any:
         """Append the image of a block's call."""
         with no_torch_function():
@@ -185,6 +198,11 @@ class Replayer(Tracer):
 
         with no_torch_function(), no_torch_dispatch():
             return substitute(node.nested, make)
+
+
+def _fits(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether a mask is of the queries and keys that a rank holds."""
+    return mask.shape[-2] in (1, query.shape[-2]) and mask.shape[-1] in (1, key.shape[-2])
 
 
 def constants(tree: Any) -> Any:

@@ -21,12 +21,16 @@ from shardspec.infer import (
 from shardspec.layout import Layout, dim_axes, gathered
 from shardspec.mesh import AXES, BATCH_AXES
 from shardspec.packed import as_partners, in_parts
+from shardspec.positions import counted_by_length, from_the_front
 from shardspec.program import Node, Ref, tensors
 from shardspec.rules.match import as_pattern, fold
 from shardspec.rules.parse import STORAGE_AXES, Entry, MeshEdit, RuleEdit, change, without_axes
 from shardspec.spec import Dim, Factor, Spec
 from shardspec.stages import Claims, TypedProgram
 from shardspec.twin import MODULE_STATE
+
+BY_POLICY = frozenset({"SS341", "SS342", "SS343"})
+"""Refusals that the policy mends: a rule that gathers the sequence would pass, and undo what it was split for."""
 
 MOST_HINTS = 8
 """Edits tried for one mistake."""
@@ -45,15 +49,17 @@ def explain_issues(inference: Inference, claims: Claims) -> Iterator[Diagnostic]
             continue
         told.add(cause)
         rules = rule_locations(issue.trails, refusal.axis)
-        yield Diagnostic(
+        edits = inference.hinted and refusal.code not in BY_POLICY
+        found = Diagnostic(
             code=refusal.code,
             what=refusal.what,
             why=_named_why(issue, claims),
             locations=(model_location(issue), *rules),
             advice=refusal.advice,
             matches=_places(group, inference),
-            hints=tuple(_hints(issue, inference, claims)) if inference.hinted else (),
+            hints=tuple(_hints(issue, inference, claims)) if edits else (),
         )
+        yield from_the_front(issue, inference, claims, found)
 
 
 def _places(group: Sequence[Issue], inference: Inference) -> str:
@@ -361,7 +367,7 @@ def explain_differences(differences: Iterable[Difference], typed: TypedProgram) 
         frames = frames_to([(typed.forward, 0)], each.typed, each.position or 0)
         key = (each.locations, fold(each.path))
         if key not in found:
-            found[key] = Diagnostic(
+            plain = Diagnostic(
                 code=each.code,
                 what=inference.named(frames, each.what),
                 why=inference.named(frames, each.why),
@@ -369,6 +375,7 @@ def explain_differences(differences: Iterable[Difference], typed: TypedProgram) 
                 matches=_blocks(fold(each.path), inference.blocks_like(each.typed)),
                 advice=(each.advice,),
             )
+            found[key] = counted_by_length(each, typed, plain)
     return list(found.values())
 
 

@@ -13,11 +13,13 @@ from shardspec.kin import Kin
 from shardspec.layout import Layout, Sizes, dim_axes, replicated
 from shardspec.moves import Move, NoTransition, transition
 from shardspec.program import Block, BlockCall, Graph, Node, Program, Ref, tensors
+from shardspec.rules.attention import ATTENTION, check_halves
 from shardspec.rules.experts import type_experts, with_result
 from shardspec.rules.match import fold
 from shardspec.rules.operator import RULES, Call, Refusal, Type, Typed, all_replicated, as_replicated, named_arguments
 from shardspec.rules.parse import Entry, ParamClaim
 from shardspec.rules.pointwise import is_pointwise, pointwise
+from shardspec.sequence import AXIS
 
 LayoutOf = Callable[[Entry, str, tuple[int, ...]], Layout | None]
 
@@ -72,6 +74,8 @@ class Issue:
     refusal: Refusal
     trails: tuple[tuple["Stop", ...], ...] = ()
     """For each refused operand, the points and parameters that it came through, nearest first."""
+    frames: tuple[tuple[TypedGraph, int], ...] = ()
+    """The graphs that lead to the place, from the outermost on, each with the node that runs in it."""
 
     @property
     def trail(self) -> tuple["Stop", ...]:
@@ -132,6 +136,10 @@ class Inference:
     attributes: Callable[[str, Any, tuple[str, ...]], Mapping[str, int]] = no_attributes
     """(FQN, module, axes) -> what the table says of its attributes on a rank of those axes."""
     bodies: dict[Any, TypedGraph] = field(factory=dict)
+    strategy: Callable[[str], str] = field(default=lambda _: "")
+    """FQN of a module -> how attention that it calls reads a sequence split over cp."""
+    balanced: bool = False
+    """Whether cp lies head and tail."""
     issues: list[Issue] = field(factory=list)
     memo: dict[Any, tuple[TypedGraph, tuple[Type | None, ...]]] = field(factory=dict)
     stack: list[tuple[TypedGraph, int]] = field(factory=list)
@@ -183,10 +191,12 @@ class Inference:
         known = tuple(kind for kind in kinds if kind is not None)
         if len(known) < len(kinds):
             return
-        call = Call(node, typed.graph.values, known, self.sizes, refs)
+        call = Call(node, typed.graph.values, known, self.sizes, refs, strategy=self._strategy(node, fqn))
         try:
             answer = type_operator(call)
             check_write(call, answer)
+            if self.balanced:
+                check_halves(call, answer)
         except Refusal as refusal:
             self._refuse(typed, position, fqn, refusal, refs)
             return
@@ -199,6 +209,9 @@ class Inference:
             typed.lowering[position] = answer.lowering
         for index, kind in zip((i for i in node.outputs if i is not None), answer.outputs, strict=True):
             typed.types[index] = kind
+
+    def _strategy(self, node: Node, fqn: str) -> str:
+        return self.strategy(absolute(fqn, node.path)) if node.op == ATTENTION else ""
 
     def _point(self, typed: TypedGraph, position: int, node: Node, fqn: str) -> None:
         source, target = node.args[0].index, node.outputs[0]
@@ -221,7 +234,7 @@ class Inference:
             dims = [after.dims[i] if i in kind.uniform else dim for i, dim in enumerate(before.dims)]
             before = Layout(tuple(dims), before.pending)
         try:
-            moves = transition(before, after, self.sizes)
+            moves = transition(before, after, self.sizes, (AXIS,) if self.balanced else ())
         except NoTransition as error:
             axis = next((axis for axis, way in after.pending if before.pending_kind(axis) != way), "")
             what = f"{absolute(fqn, name)} cannot become {entry.rule.value}"
@@ -320,6 +333,8 @@ class Inference:
                 key.append(id(entry) if entry else 0)
             elif node.op == "block":
                 key.append(self._block_key(node.func.block, absolute(fqn, node.func.fqn)))
+            elif node.op == ATTENTION:
+                key.append(self._strategy(node, fqn))
         number = self.numbers.setdefault(tuple(key), len(self.numbers))
         self.said[id(block), fqn] = number
         return number
@@ -351,10 +366,11 @@ class Inference:
 
         refusal.what, refusal.why = self.named(frames, refusal.what), self.named(frames, refusal.why)
         chosen = dict.fromkeys(refusal.operands or range(len(refs)))
-        trails = (
+        trails = tuple(
             tuple(self.trail(frames, refs[operand].index, refusal.axis)) for operand in chosen if operand < len(refs)
         )
-        self.issues.append(Issue(typed, position, fqn, refusal, (stops, *trails) if stops else tuple(trails)))
+        trails = (stops, *trails) if stops else trails
+        self.issues.append(Issue(typed, position, fqn, refusal, trails, tuple(frames)))
 
     def named(self, frames: Sequence[tuple[TypedGraph, int]], text: str) -> str:
         """A text with the names of values in place of what stands for them."""

@@ -19,12 +19,13 @@ from shardspec.mesh import AXES, BATCH_AXES, Mesh, degree
 from shardspec.moves import Move
 from shardspec.placement import part_shape
 from shardspec.plan import ActivationPlan, Collective, LossPlan, ParamPlan, PointPlan, Substitution, UnitPlan
-from shardspec.policy import Policy, chosen
+from shardspec.policy import STRATEGIES, Policy, chosen
 from shardspec.program import Node, Ref, tensors
 from shardspec.rules.fit import dims_of, divisors
 from shardspec.rules.match import fold
 from shardspec.rules.operator import named_arguments
 from shardspec.rules.parse import STORAGE_AXES, Entry, ParamClaim, Storage, change, without_axes
+from shardspec.sequence import AXIS
 from shardspec.stages import Claims, TypedProgram
 from shardspec.survey import View
 from shardspec.tracing import IN_THE_LOSS, user_frame
@@ -377,18 +378,21 @@ def substitutions(typed: TypedProgram) -> Iterator[Substitution]:
             path = absolute(fqn, node.path) if node.path != "loss" else "loss"
             ordinal = counts[(path, node.op)]
             counts[(path, node.op)] += 1
-            found.append(substitution(graph, position, path, ordinal))
+            found.append(substitution(graph, position, path, ordinal, balanced=typed.inference.balanced))
     changed = {entry.function for entry in found if not entry.inert}
     return (entry for entry in found if entry.function in changed)
 
 
-def substitution(graph: TypedGraph, position: int, path: str, ordinal: int) -> Substitution:
+def substitution(graph: TypedGraph, position: int, path: str, ordinal: int, *, balanced: bool) -> Substitution:
     """How one call runs on a rank."""
     node = graph.graph.nodes[position]
     plain = Substitution(path=path, function=node.op, ordinal=ordinal)
     if position not in graph.lowering:
         return evolve(plain, inert=True)
+    plain = evolve(plain, balanced=balanced)
     first = graph.consumed[position][0].layout
+    if graph.lowering[position] in STRATEGIES:
+        return evolve(plain, strategy=graph.lowering[position])
     if node.op == "dropout":
         return evolve(plain, layout=first)
     if node.op == "scaled_dot_product_attention":
@@ -596,7 +600,7 @@ def constraints(typed: TypedProgram) -> tuple[Constraint, ...]:
     found: list[Constraint] = []
     split: dict[tuple[Entry, tuple[int, ...]], tuple[str, bool, bool]] = {}
     for name, claim in claims.params.items():
-        split.setdefault((claim.entry, claim.shape), (name, True, claim.expert))
+        split.setdefault((claim.entry, claim.shape), (name, AXIS not in claim.layout.sharded, claim.expert))
     for name, index in typed.program.entries.items():
         split.setdefault((claims.points[name], typed.program.values[index].shape), (name, False, False))
     seen: set[int] = set()

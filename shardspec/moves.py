@@ -1,6 +1,6 @@
 """From one layout to another at a declared point: the collectives that do it, and their adjoints."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from attrs import evolve, frozen
 
@@ -28,6 +28,7 @@ class Move:
     `all_gather`, `slice`, `reduce_scatter` and `all_to_all` see dim `dim` of the local tensor as
     (outer, the axis, inner). `all_to_all` gathers `dim` and splits `to_dim` at `to_outer`. Of a direct sum they see
     runs one after another, each (the axis, inner): `runs` holds the length of each on a rank, and `outer` says nothing.
+    With `halves` the axis lies head and tail (`shardspec.sequence`): inner is two chunks, which lie apart in the whole.
     """
 
     kind: str
@@ -43,6 +44,9 @@ class Move:
     runs: tuple[int, ...] = ()
     """Of `dim`, where they are not alike."""
     to_runs: tuple[int, ...] = ()
+    halves: bool = False
+    to_halves: bool = False
+    """The same of `to_dim`."""
 
     @property
     def is_collective(self) -> bool:
@@ -60,14 +64,18 @@ class NoTransition(ValueError):
     """There is no way from the one layout to the other."""
 
 
-def transition(before: Layout, after: Layout, sizes: Sizes) -> tuple[Move, ...]:
+def transition(before: Layout, after: Layout, sizes: Sizes, balanced: Collection[str] = ()) -> tuple[Move, ...]:
     """The moves that turn `before` into `after`: first those that shrink the tensor, then those that grow it.
 
     An axis that splits a dim at the same stride in both stays where it is. Each other one is in one move, or is
     gathered and later sliced where no exchange does.
 
+    Args:
+        balanced: the axes that lie head and tail; one moves while no other axis divides what it leaves to a rank.
+
     Raises:
-        NoTransition: the declared layout is pending where the value is not, or in another way.
+        NoTransition: the declared layout is pending where the value is not, or in another way; or a balanced axis
+            would have to move within another.
     """
     for axis, kind in after.pending:
         if before.pending_kind(axis) != kind:
@@ -75,10 +83,29 @@ def transition(before: Layout, after: Layout, sizes: Sizes) -> tuple[Move, ...]:
     moves: list[Move] = []
     now = before
     while now != after:
-        move, then = next(_steps(now, after, sizes))
-        moves.append(evolve(move, shape=now.shape))
+        steps = _steps(now, after, sizes)
+        found = next((step for step in steps if step[0].axis not in balanced or _in_halves(*step, now, sizes)), None)
+        if found is None:
+            held = ", ".join(axis for axis in balanced if axis in now.sharded or axis in after.sharded)
+            raise NoTransition(f"{held} lies head and tail, and would have to move within another axis")
+        move, then = found
+        laid = move.axis in balanced
+        moves.append(evolve(move, shape=now.shape, halves=laid, to_halves=laid and move.kind == "all_to_all"))
         now = then
     return tuple(moves)
+
+
+def _in_halves(move: Move, then: Layout, now: Layout, sizes: Sizes) -> bool:
+    """Whether a move sees its axis with two chunks behind it, and nothing but numbers."""
+    joined = [now.dims[move.dim]] if move.kind in ("all_gather", "all_to_all") else []
+    cut = {"slice": move.dim, "reduce_scatter": move.dim, "all_to_all": move.to_dim}.get(move.kind)
+    dims = [*joined, *([then.dims[cut]] if cut is not None else [])]
+    return all(even_behind(dim, move.axis, sizes) and dim_axes(dim)[-1] == move.axis for dim in dims)
+
+
+def even_behind(dim: DimLayout, axis: str, sizes: Sizes) -> bool:
+    """Whether what an axis leaves of a dim is two chunks; of a direct sum it is not."""
+    return not is_sum(dim) and global_size(dim[dim.index(axis) + 1 :], sizes) % 2 == 0
 
 
 def _steps(now: Layout, after: Layout, sizes: Sizes) -> Iterator[tuple[Move, Layout]]:
@@ -203,8 +230,17 @@ def adjoint(moves: Sequence[Move], owed: set[str], shape: tuple[int, ...]) -> tu
             if move.reduce == AVG:
                 back.append(Move("scale", axis, shape=move.shape))
         elif move.kind == "all_to_all":
-            swapped = evolve(move, dim=move.to_dim, outer=move.to_outer, runs=move.to_runs, shape=after)
-            back.append(evolve(swapped, to_dim=move.dim, to_outer=move.outer, to_runs=move.runs))
+            swapped = evolve(move, dim=move.to_dim, outer=move.to_outer, runs=move.to_runs, halves=move.to_halves)
+            back.append(
+                evolve(
+                    swapped,
+                    to_dim=move.dim,
+                    to_outer=move.outer,
+                    to_runs=move.runs,
+                    to_halves=move.halves,
+                    shape=after,
+                )
+            )
         elif move.kind == "all_reduce":
             if axis in owed:
                 back.append(Move("all_reduce", axis, shape=after))

@@ -10,6 +10,7 @@ from shardspec.layout import DimLayout, Layout, dim_axes, dim_text, global_size,
 from shardspec.mesh import AXES, Mesh
 from shardspec.plan import ParamPlan
 from shardspec.rules.parse import Storage
+from shardspec.sequence import AXIS, chunks_of
 from shardspec.torch_private import strided_shard
 
 
@@ -105,8 +106,22 @@ def local_index(param: ParamPlan, coordinate: Mapping[str, int], mesh: Mesh) -> 
     return tuple(index)
 
 
-def digits_index(digits: DimLayout, coordinate: Mapping[str, int], mesh: Mesh) -> torch.Tensor:
-    """The global indices of a rank's part of one dim."""
+def digits_index(
+    digits: DimLayout, coordinate: Mapping[str, int], mesh: Mesh, *, balanced: bool = False
+) -> torch.Tensor:
+    """The global indices of a rank's part of one dim.
+
+    Args:
+        balanced: cp lies head and tail (`shardspec.sequence`).
+    """
+    if balanced and AXIS in digits:
+        at = digits.index(AXIS)
+        before = digits_index(digits[:at], coordinate, mesh)
+        behind = digits_index(digits[at + 1 :], coordinate, mesh)
+        chunk = global_size(digits[at + 1 :], mesh.shape) // 2
+        held = torch.tensor(chunks_of(coordinate[AXIS], mesh[AXIS], balanced=True))
+        own = held[behind // chunk] * chunk + behind % chunk
+        return (before[:, None] * (2 * chunk * mesh[AXIS]) + own).flatten()
     if is_sum(digits):
         parts = parts_of(digits)
         starts = itertools.accumulate((global_size(part, mesh.shape) for part in parts), initial=0)

@@ -129,6 +129,10 @@ class Substitution:
     """The global size of the vocabulary."""
     layout: Layout | None = None
     """Of what random numbers are drawn for, whose global index keys them."""
+    strategy: str = ""
+    """How attention reads a sequence that is split over cp."""
+    balanced: bool = False
+    """Whether cp lies head and tail."""
 
 
 @frozen(kw_only=True)
@@ -242,6 +246,8 @@ class Plan:
     pipeline: PipelinePlan | None = None
     experts: Mapping[str, ExpertsPlan] = field(factory=dict)
     """FQN -> how an experts module runs."""
+    balanced: bool = False
+    """Whether the sequence lies head and tail over cp (`shardspec.sequence`)."""
     legal: Any = field(default=None, eq=False, repr=False)
     """Checks another mesh; absent from a plan that was read from a file."""
 

@@ -1,7 +1,7 @@
 """What changes speed and memory and never meaning."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from attrs import field, frozen
@@ -14,6 +14,16 @@ def _patterns(value: bool | str | Sequence[str]) -> bool | tuple[str, ...]:
     if isinstance(value, bool):
         return value
     return (value,) if isinstance(value, str) else tuple(value)
+
+
+STRATEGIES = ("allgather", "ring", "ulysses")
+"""How attention reads a sequence that is split over cp."""
+
+
+def _strategies(value: str | Mapping[str, str] | tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    if isinstance(value, str):
+        return ((".*", value),)
+    return value if isinstance(value, tuple) else tuple(value.items())
 
 
 @frozen(kw_only=True)
@@ -36,6 +46,11 @@ class Policy:
         microbatches: of a step, with one update: in a pipeline those in flight, elsewhere one after another (then the
             same as `accumulate`). None: as many as the pipeline has stages, where there is one.
         stages: how many layers each stage of a pipeline has, in order; balanced where it is None.
+        attention: how attention reads a sequence split over cp: "allgather", "ring" or "ulysses", for all modules or
+            by a regex of the FQN of the module that calls it; of several that match the first, of none "allgather".
+        balance: whether ranks of cp hold the sequence head and tail, two chunks each, so that causal attention is as
+            much work for each. None: where a causal attention runs by "allgather" or "ring" and 2 cp divides the
+            sequence.
     """
 
     param_dtype: torch.dtype | None = None
@@ -49,6 +64,8 @@ class Policy:
     schedule: str = "1F1B"
     microbatches: int | None = None
     stages: tuple[int, ...] | None = field(default=None, converter=lambda cut: None if cut is None else tuple(cut))
+    attention: tuple[tuple[str, str], ...] = field(default="allgather", converter=_strategies)
+    balance: bool | None = None
 
     def __attrs_post_init__(self) -> None:
         for name in ("param_dtype", "reduce_dtype"):
@@ -103,6 +120,22 @@ class Policy:
                 why="a stage has at least one layer",
                 locations=(calling_line(),),
             )
+        for _, strategy in self.attention:
+            if strategy not in STRATEGIES:
+                refuse(
+                    "SS405",
+                    f"attention={strategy!r}",
+                    why="attention over a split sequence gathers keys and values, passes them round, or exchanges "
+                    f"sequence for heads: {', '.join(STRATEGIES)}",
+                    locations=(calling_line(),),
+                    advice=('give attention="allgather", or a mapping from modules (by regex) to strategies',),
+                )
+
+
+def strategy_of(policy: Policy, path: str) -> str:
+    """The strategy by which attention that a module calls reads a split sequence."""
+    found = (strategy for pattern, strategy in policy.attention if re.fullmatch(pattern, path))
+    return next(found, STRATEGIES[0])
 
 
 def chosen(option: bool | tuple[str, ...], name: str) -> bool:

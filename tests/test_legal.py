@@ -86,12 +86,12 @@ def test_storage_that_does_not_divide_is_legal_on_dim_0_and_not_elsewhere():
     assert agreement(columns, range(1, 13)).disagreements == ()
 
 
-def test_a_split_sequence_is_refused_where_attention_would_read_it():
+def test_a_sequence_is_split_where_positions_come_with_the_batch_and_nowhere_else():
     batch = LLAMA.batch | {"positions": torch.arange(LLAMA.length)}
     plan = ss.compile(LLAMA.model, LLAMA.rules, ss.Mesh(), batch, loss_fn)
     for world in (2, 4):
-        legal = plan.legal_meshes(world)
-        assert legal
-        assert all(mesh["cp"] == 1 for mesh in legal)
-    assert not passes(LLAMA, ss.Mesh(cp=2), batch)
-    assert not passes(LLAMA, ss.Mesh(cp=2, tp=2), batch)
+        assert any(mesh["cp"] == world for mesh in plan.legal_meshes(world))
+    alone = ss.compile(LLAMA.model, LLAMA.rules, ss.Mesh(), LLAMA.batch, loss_fn)
+    assert all(mesh["cp"] == 1 for world in (2, 4) for mesh in alone.legal_meshes(world))
+    assert passes(LLAMA, ss.Mesh(cp=2, tp=2), batch)
+    assert not passes(LLAMA, ss.Mesh(cp=2))

@@ -81,6 +81,8 @@ class Call:
     sizes: Sizes
     refs: tuple[Ref, ...] = ()
     _named: dict[str, Any] | None = None
+    strategy: str = ""
+    """How attention reads a sequence that is split over cp; nothing where it may not be split."""
 
     @property
     def named(self) -> dict[str, Any]:

@@ -216,11 +216,18 @@ def _localise(module: nn.Module, params: Mapping[str, ParamPlan], fabric: Fabric
                 child._buffers[name] = part.to(fabric.device)
 
 
-def local_part(tensor: Tensor, layout: Layout, coordinate: Mapping[str, int], mesh: Mesh) -> Tensor:
-    """A rank's part of a whole tensor."""
+def local_part(
+    tensor: Tensor, layout: Layout, coordinate: Mapping[str, int], mesh: Mesh, *, balanced: bool = False
+) -> Tensor:
+    """A rank's part of a whole tensor.
+
+    Args:
+        balanced: cp lies head and tail.
+    """
     for dim, digits in enumerate(layout.dims):
         if dim_axes(digits):
-            tensor = tensor.index_select(dim, digits_index(digits, coordinate, mesh).to(tensor.device))
+            index = digits_index(digits, coordinate, mesh, balanced=balanced)
+            tensor = tensor.index_select(dim, index.to(tensor.device))
     return tensor
 
 

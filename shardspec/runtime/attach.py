@@ -17,7 +17,7 @@ from shardspec.functional import cross_entropy, name
 from shardspec.layout import global_size
 from shardspec.placement import digits_index
 from shardspec.plan import ExpertsPlan, PointPlan, Substitution
-from shardspec.runtime import rng
+from shardspec.runtime import context, rng
 from shardspec.runtime.boundary import pass_point
 from shardspec.runtime.buffers import Remat
 from shardspec.runtime.fabric import Fabric
@@ -58,7 +58,7 @@ class Wiring:
             mesh, place = self.fabric.mesh, self.fabric.coordinate
             found = torch.zeros((), dtype=torch.long)
             for digits in entry.layout.dims:
-                rows = digits_index(digits, place, mesh)
+                rows = digits_index(digits, place, mesh, balanced=entry.balanced)
                 found = found.unsqueeze(-1) * global_size(digits, mesh.shape) + rows
             self.indices[entry] = found = found.reshape(shape).to(device)
         return found
@@ -200,10 +200,14 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Attention with keyed dropout: no fused kernel draws numbers by a global index, so the weights are made whole.
+    """Attention over cp; or with keyed dropout: no fused kernel draws numbers by a global index, so the weights are
+    made whole.
 
     The definition in the documentation of torch.nn.functional.scaled_dot_product_attention.
     """
+    if entry.strategy:
+        given = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return context.attention(entry, wiring.fabric, query, key, value, *given)
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)

@@ -12,6 +12,7 @@ from shardspec import torch_private
 from shardspec.layout import AVG, MAX, MIN
 from shardspec.moves import Move
 from shardspec.runtime.fabric import Fabric
+from shardspec.sequence import order, places
 
 REDUCE = {MAX: dist.ReduceOp.MAX, MIN: dist.ReduceOp.MIN}
 
@@ -21,13 +22,13 @@ def all_gather(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
     n = fabric.mesh[move.axis]
     parts = tensor.new_empty((n, *tensor.shape))
     torch_private.all_gather(parts, tensor.contiguous(), fabric.group((move.axis,)))
-    return _put(parts, move.dim, move.outer, move.runs)
+    return _put(parts, move.dim, move.outer, move.runs, halves=move.halves)
 
 
 def reduce_scatter(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
     """[.., outer * n * inner, ..] -> the sum over ranks of [.., outer * inner, ..]."""
     n = fabric.mesh[move.axis]
-    parts = _take(tensor, move.dim, move.outer, n, move.runs)
+    parts = _take(tensor, move.dim, move.outer, n, move.runs, halves=move.halves)
     out = parts.new_empty(parts.shape[1:])
     torch_private.reduce_scatter(out, parts, fabric.group((move.axis,)))
     return out.div_(n) if move.reduce == AVG else out
@@ -43,10 +44,10 @@ def all_reduce(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
 def all_to_all(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
     """Gather `dim` and split `to_dim`: the exchange that moves an axis from one dim to another."""
     n = fabric.mesh[move.axis]
-    parts = _take(tensor, move.to_dim, move.to_outer, n, move.to_runs)
+    parts = _take(tensor, move.to_dim, move.to_outer, n, move.to_runs, halves=move.to_halves)
     out = torch.empty_like(parts)
     dist.all_to_all_single(out, parts, group=fabric.group((move.axis,)))
-    return _put(out, move.dim, move.outer, move.runs)
+    return _put(out, move.dim, move.outer, move.runs, halves=move.halves)
 
 
 def slice_(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
@@ -56,9 +57,9 @@ def slice_(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
         return torch.cat(
             [run.chunk(n, move.dim)[place] for run in _whole_runs(tensor, move.dim, move.runs, n)], move.dim
         )
-    if move.outer == 1:
+    if move.outer == 1 and not move.halves:
         return tensor.chunk(n, move.dim)[place].contiguous()
-    return _take(tensor, move.dim, move.outer, n)[place].contiguous()
+    return _take(tensor, move.dim, move.outer, n, halves=move.halves)[place].contiguous()
 
 
 def scale(tensor: Tensor, move: Move, fabric: Fabric) -> Tensor:
@@ -71,11 +72,13 @@ def _whole_runs(tensor: Tensor, dim: int, runs: Sequence[int], n: int) -> tuple[
     return tensor.split([n * length for length in runs], dim)
 
 
-def _take(tensor: Tensor, dim: int, outer: int, n: int, runs: Sequence[int] = ()) -> Tensor:
+def _take(tensor: Tensor, dim: int, outer: int, n: int, runs: Sequence[int] = (), *, halves: bool = False) -> Tensor:
     """[.., outer * n * inner, ..] -> [n, .., outer * inner, ..], contiguous; a view where torch can make one."""
     if runs:
         chunks = [run.chunk(n, dim) for run in _whole_runs(tensor, dim, runs, n)]
         return torch.stack([torch.cat(held, dim) for held in zip(*chunks, strict=True)])
+    if halves:
+        tensor = _reordered(tensor, dim, outer, order(n, balanced=True))
     shape = list(tensor.shape)
     if outer == 1:
         shape[dim] //= n
@@ -87,8 +90,16 @@ def _take(tensor: Tensor, dim: int, outer: int, n: int, runs: Sequence[int] = ()
     return split.movedim(dim + 1, 0).reshape(n, *shape).contiguous()
 
 
-def _put(parts: Tensor, dim: int, outer: int, runs: Sequence[int] = ()) -> Tensor:
+def _reordered(tensor: Tensor, dim: int, outer: int, chunks: Sequence[int]) -> Tensor:
+    """[.., outer * chunks * inner, ..] with its chunks in another order."""
+    split = tensor.unflatten(dim, (outer, len(chunks), tensor.shape[dim] // outer // len(chunks)))
+    return torch.stack([split.select(dim + 1, chunk) for chunk in chunks], dim + 1).flatten(dim, dim + 2)
+
+
+def _put(parts: Tensor, dim: int, outer: int, runs: Sequence[int] = (), *, halves: bool = False) -> Tensor:
     """[n, .., outer * inner, ..] -> [.., outer * n * inner, ..]."""
+    if halves:
+        return _reordered(_put(parts, dim, outer), dim, outer, places(len(parts)))
     n, *shape = parts.shape
     if runs:
         held = [part.split(list(runs), dim) for part in parts.unbind(0)]

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
 from shardspec.arguments import as_model, check_arguments, check_batch
-from shardspec.batch import batch_key, check_rows, describe
+from shardspec.batch import LocalBatch, batch_key, check_order, check_rows, describe
 from shardspec.compiler import Compiler, settle
 from shardspec.diagnostics import Diagnostic, ShardingError, calling_line, refuse
 from shardspec.mesh import BATCH_AXES, Mesh, degree
@@ -35,6 +35,7 @@ from shardspec.runtime.optim import Optimizer
 from shardspec.runtime.pipeline import StagedModel, apply_stages
 from shardspec.runtime.state import OptState, Specs, Store, TrainState
 from shardspec.runtime.weights import given_name, misfits
+from shardspec.sequence import AXIS
 from shardspec.staging import staged_params
 from shardspec.survey import Model, survey
 from shardspec.torch_private import default_store, local_of, make_spec
@@ -53,6 +54,8 @@ class Sharded:
         self.compiler = agree(world, "the plan", lambda: self._compile(model, rules, inputs, world), self._details)
         self.fabric: Fabric = connect(mesh)
         own, self.source = build_source(model)
+        self.sequenced = {name: buffer for name, buffer in own.named_buffers() if self._is_sequenced(name)}
+        """The buffers that lie over cp, whole: how they are cut hangs on the program."""
         self.local: LocalModel | StagedModel = self._apply(own)
         self.specs: Specs = self._specs()
         self.buffers: dict[str, Tensor] = self.local.held_buffers()
@@ -62,8 +65,11 @@ class Sharded:
         self.wiring = Wiring(self.fabric)
         self.notices = Notices.of_world(default_store() if world > 1 else None, self.fabric.rank, world)
         self.programs: dict[Any, Plan] = {}
+        self._cut: dict[tuple[str, bool], Tensor] = {}
+        """(buffer over cp, whether head and tail) -> this rank's part."""
         self._hooked: dict[int, set[tuple[str, str]]] = {}
-        self._entries: dict[Any, dict[str, ActivationPlan]] = {}
+        self._entries: dict[Any, tuple[dict[str, ActivationPlan], bool]] = {}
+        """Shapes of a global batch -> its entries, and whether the sequence lies head and tail."""
 
     def _apply(self, module: nn.Module) -> LocalModel | StagedModel:
         """This rank's own, of a module of ours; every rank must call it."""
@@ -159,6 +165,8 @@ class Sharded:
             if self.plan is None:
                 self.plan = found
             self._hook(found)
+        if self.mesh[AXIS] > 1:
+            check_order(batch, balanced=found.balanced)
         return found
 
     def _hook(self, plan: Plan) -> None:
@@ -183,6 +191,24 @@ class Sharded:
         self.wiring.points, self.wiring.experts = plan.points, plan.experts
         self.wiring.tokens.clear()
         self.wiring.substitutions = plan.local_calls
+        for name, whole in self.sequenced.items():
+            key = (name, plan.balanced)
+            if key not in self._cut:
+                layout = self.params[name].layout
+                part = local_part(whole, layout, self.fabric.coordinate, self.mesh, balanced=plan.balanced)
+                self._cut[key] = part.to(self.fabric.device)
+            path, _, leaf = name.rpartition(".")
+            for module in self._modules():
+                module.get_submodule(path)._buffers[leaf] = self._cut[key]
+
+    def _is_sequenced(self, name: str) -> bool:
+        return AXIS in self.params[name].layout.sharded
+
+    def _modules(self) -> list[nn.Module]:
+        """This rank's modules: one, or one for each stage."""
+        if isinstance(self.local, StagedModel):
+            return [stage.local.module for stage in self.local.stages.values()]
+        return [self.module]
 
     # Batches.
 
@@ -197,25 +223,27 @@ class Sharded:
         check_batch(batch)
         key = batch_key(batch)
         if key not in self._entries:
-            self._entries[key] = self.compiler.entries(self.mesh, batch)
-        entries = self._entries[key]
-        parts: dict[str, Any] = {}
+            self._entries[key] = self.compiler.entries(self.mesh, batch), self.compiler.balanced(self.mesh, batch)
+        entries, balanced = self._entries[key]
+        parts = LocalBatch()
+        parts.balanced = balanced
         for name, item in batch.items():
             if not isinstance(item, Tensor):
                 parts[name] = item
                 continue
-            parts[name] = self._local_entry(entries[name], item).to(self.fabric.device, non_blocking=True)
+            part = self._local_entry(entries[name], item, balanced=balanced)
+            parts[name] = part.to(self.fabric.device, non_blocking=True)
         return parts
 
-    def _local_entry(self, entry: ActivationPlan, item: Tensor) -> Tensor:
+    def _local_entry(self, entry: ActivationPlan, item: Tensor, *, balanced: bool) -> Tensor:
         count = self.count
         place, mesh = self.fabric.coordinate, self.mesh
         if count == 1 or entry.batch_dim is None:
-            return local_part(item, entry.layout, place, mesh)
+            return local_part(item, entry.layout, place, mesh, balanced=balanced)
         check_rows(item.shape[entry.batch_dim], count, degree(mesh, BATCH_AXES), entry.name)
         layout = entry.microbatch(count)
         return torch.cat(
-            [local_part(chunk, layout, place, mesh) for chunk in item.chunk(count, entry.batch_dim)],
+            [local_part(chunk, layout, place, mesh, balanced=balanced) for chunk in item.chunk(count, entry.batch_dim)],
             entry.batch_dim,
         )
 

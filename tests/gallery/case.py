@@ -66,7 +66,8 @@ class Case:
     model: Callable[[], nn.Module] = PLAIN
     inputs: dict[str, Any] = attrs.field(factory=make_batch)
     loss: Callable[..., Any] | None = token_loss
+    policy: ss.Policy | None = None
 
     def compile(self) -> ss.Plan:
         """Check it."""
-        return ss.compile(self.model, self.rules, ss.Mesh.parse(self.mesh), self.inputs, self.loss)
+        return ss.compile(self.model, self.rules, ss.Mesh.parse(self.mesh), self.inputs, self.loss, self.policy)

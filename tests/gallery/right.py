@@ -10,7 +10,7 @@ from torch import Tensor
 
 import shardspec as ss
 from models.llama.rules import RULES, WITHOUT_SP
-from tests import fused
+from tests import fused, reader
 from tests.gallery import parts
 from tests.gallery.case import Case, llama, make_batch, with_parts
 
@@ -559,3 +559,25 @@ def a_constant_weight():
 @right
 def no_loss():
     return Case(loss=None)
+
+
+@right
+def gathered_keys_over_a_split_sequence():
+    return Case(mesh="fsdp=2,cp=2,tp=2", inputs=make_batch(positions=True))
+
+
+@right
+def a_ring_over_a_split_sequence_of_odd_parts():
+    return Case(mesh="cp=4", inputs=make_batch(length=124, positions=True), policy=ss.Policy(attention="ring"))
+
+
+@right
+def heads_exchanged_for_the_sequence():
+    return Case(mesh="cp=2,tp=2", inputs=make_batch(positions=True), policy=ss.Policy(attention="ulysses"))
+
+
+@right
+def documents_over_a_split_sequence():
+    model = lambda: reader.build(reader.Shape(kind="documents"))  # noqa: E731
+    rules = reader.table("documents", "allgather")
+    return Case(mesh="cp=2,tp=2", model=model, rules=rules, inputs=reader.make_batch())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import shardspec as ss
 from models.llama.rules import RULES, WITHOUT_SP
-from tests import fused
+from tests import fused, reader
 from tests.gallery import parts
 from tests.gallery.case import Case, llama, make_batch, with_parts
 
@@ -528,7 +528,7 @@ def replicas_that_read_the_same_rows_between_two_points():
 # Context parallelism
 
 
-@wrong("SS302", r"rope_(cos|sin)")
+@wrong("SS340", r"rope_(cos|sin)")
 def rotary_angles_of_the_whole_sequence_for_a_part_of_it():
     return Case(mesh="cp=2")
 
@@ -540,7 +540,40 @@ def position_ids_that_every_rank_holds_whole():
 
 @wrong("SS304", "attention")
 def attention_over_a_part_of_the_sequence():
-    return Case(mesh="cp=2", inputs=make_batch(positions=True))
+    """Split over tp, which no strategy reads."""
+    heads = {rf"layers\.\d+\.attention\.w{name}\.weight": "X D" for name in "qkv"}
+    rules = reader.RULES.override(
+        params={**heads, r"layers\.\d+\.attention\.wo\.weight": "D X", r"slope": "H"},
+        activations={r"head": "B@(dp,fsdp) S@(cp,tp) V", r"labels": "B@(dp,fsdp) S@(cp,tp)"},
+    )
+    rules = rules.override(drop=[r"tokens|labels|doc_ids"], activations={r"tokens": "B@(dp,fsdp) S@cp"})
+    inputs = reader.make_batch(documents=False)
+    return Case(mesh="tp=2", model=lambda: reader.build(reader.Shape()), rules=rules, inputs=inputs)
+
+
+@wrong("SS342", "key-value heads")
+def fewer_key_value_heads_than_ranks_that_exchange_them():
+    return Case(mesh="cp=4,tp=2", inputs=make_batch(positions=True), policy=ss.Policy(attention="ulysses"))
+
+
+@wrong("SS343", "head and tail")
+def a_sequence_of_odd_parts_head_and_tail():
+    policy = ss.Policy(attention="ring", balance=True)
+    return Case(mesh="cp=4", inputs=make_batch(length=124, positions=True), policy=policy)
+
+
+@wrong("SS341", "mask")
+def a_mask_in_a_ring():
+    model = lambda: reader.build(reader.Shape(kind="documents"))  # noqa: E731
+    rules = reader.table("documents", "ring")
+    return Case(mesh="cp=2", model=model, rules=rules, inputs=reader.make_batch(), policy=ss.Policy(attention="ring"))
+
+
+@wrong("SS302", "rows of a mask")
+def a_mask_of_all_rows_beside_a_part_of_the_queries():
+    rules = reader.table("documents", "allgather").override(activations={r"rows": "B@(dp,fsdp) S", r"row_places": "S"})
+    model = lambda: reader.build(reader.Shape(kind="documents"))  # noqa: E731
+    return Case(mesh="cp=2", model=model, rules=rules, inputs=reader.make_batch())
 
 
 @wrong("SS304 SS302", "cumsum")
@@ -577,7 +610,7 @@ def positions_counted_from_a_local_length():
     return Case(model=with_parts(attention=parts.OwnPositions), rules=rules)
 
 
-@wrong("SS302", r"rope_(cos|sin)")
+@wrong("SS340", "arange")
 def position_ids_counted_from_the_tokens_at_hand():
     return Case(model=with_parts(model=parts.CountsPositions), mesh="cp=2")
 

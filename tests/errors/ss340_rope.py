@@ -1,4 +1,4 @@
-"""Rotary angles of the whole sequence beside a part of it."""
+"""Rotary angles by the length at hand, where the sequence is split."""
 
 from tests.gallery.case import Case
 

@@ -1,0 +1,7 @@
+"""A strategy that there is not."""
+
+import shardspec as ss
+
+
+def trigger():
+    ss.Policy(attention="flash")
