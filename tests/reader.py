@@ -23,7 +23,7 @@ class Shape:
     kv_heads: int = 8
     head_dim: int = 4
     value_dim: int = 4
-    dim: int = 12
+    dim: int = 16
     layers: int = 2
     vocabulary: int = 24
     longest: int = 64
@@ -117,16 +117,16 @@ HIDDEN = "B@(dp,fsdp) S@(cp,tp) D"
 RULES = ss.Rules(
     params={
         r"embed\.weight": "V@(fsdp,cp) D",
-        r"places\.weight": "T@fsdp D",
+        r"places\.weight": "T@(fsdp,cp) D",
         r"slope": "H@tp",
-        r"layers\.\d+\.attention\.wq\.weight": "(H@tp hd)@fsdp D",
-        r"layers\.\d+\.attention\.wk\.weight": "(K@tp hd)@fsdp D",
-        r"layers\.\d+\.attention\.wv\.weight": "(K@tp hv)@fsdp D",
-        r"layers\.\d+\.attention\.wo\.weight": "D@fsdp (H@tp hv)",
-        r"layers\.\d+\.norm\.(weight|bias)": "D@fsdp",
+        r"layers\.\d+\.attention\.wq\.weight": "(H@tp hd)@(fsdp,cp) D",
+        r"layers\.\d+\.attention\.wk\.weight": "(K@tp hd) D@(fsdp,cp)",
+        r"layers\.\d+\.attention\.wv\.weight": "(K@tp hv) D@(fsdp,cp)",
+        r"layers\.\d+\.attention\.wo\.weight": "D@(fsdp,cp) (H@tp hv)",
+        r"layers\.\d+\.norm\.(weight|bias)": "D@(fsdp,cp)",
         r"layers\.\d+\.mix\.weight": "D@(fsdp,cp) D2",
         r"layers\.\d+\.mix\.bias": "D",
-        r"head\.weight": "V@fsdp D",
+        r"head\.weight": "V@(fsdp,cp) D",
     },
     activations={
         r"tokens|labels|doc_ids": "B@(dp,fsdp) S@cp",
@@ -134,7 +134,7 @@ RULES = ss.Rules(
         r"embed|places|layers\.\d+(\.attention)?": "... S@(cp,tp) D",
     },
     units=[r"layers\.\d+"],
-    sizes={"D2": 12},
+    sizes={"D2": 16},
 )
 
 
