@@ -77,6 +77,11 @@ def windows(text: np.ndarray, starts: np.ndarray, seq: int) -> dict[str, torch.T
     return {"tokens": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous()}
 
 
+def with_positions(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch with the places of its tokens, [seq] int64: what a model whose sequence is split must be told."""
+    return {**batch, "positions": torch.arange(batch["tokens"].shape[1])}
+
+
 def entropy_unigram(train: np.ndarray, validation: np.ndarray) -> float:
     """Return the cross-entropy, in nats a byte, of `validation` under `train`'s byte frequencies.
 

@@ -12,6 +12,11 @@ def tokens(batch: int, seq: int) -> dict[str, Tensor]:
     return {name: torch.empty(batch, seq, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
 
 
+def positioned(batch: int, seq: int) -> dict[str, Tensor]:
+    """The same with positions [seq], for a sequence that is split over cp."""
+    return {**tokens(batch, seq), "positions": torch.empty(seq, dtype=torch.long, device="meta")}
+
+
 def images(model: nn.Module, batch: int) -> dict[str, Tensor]:
     """An image model's batch: images [batch, channels, size, size] as its config says, and labels [batch]."""
     config = model.config

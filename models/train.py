@@ -14,7 +14,7 @@ import os
 import pkgutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -30,6 +30,7 @@ from models.launch import launch, under_launcher
 from models.report import Report
 from shardspec.schedule import SCHEDULES
 
+STRATEGIES = ("allgather", "ring", "ulysses")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 VALIDATION_BATCHES = 8
 SAMPLE_LIMIT = 100_000_000  # parameters: a larger model is not gathered on every rank for a sample
@@ -66,6 +67,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--schedule", choices=SCHEDULES, default="1F1B", help="the order of a pipeline's work")
     parser.add_argument("--microbatches", type=whole, help="of a step (default: one for each stage of a pipeline)")
+    parser.add_argument("--attention", choices=STRATEGIES, default="allgather", help="over a sequence split over cp")
     parser.add_argument("--no-sp", action="store_true", help="no sequence parallelism over tp")
     parser.add_argument("--metrics", type=Path, help="JSON lines (default: under runs/)")
     parser.add_argument("--out", type=Path, help="where the run is saved: at its end, and")
@@ -198,10 +200,13 @@ def train(options: argparse.Namespace) -> None:
     def build() -> torch.nn.Module:
         return family.build(config)
 
-    inputs = data.train_batch(corpus.train, seed=options.seed, step=0, **shape)
+    mesh = parse_mesh(options.mesh)
+    # Where a rank holds a part of the sequence, the places of its tokens come with them.
+    whole = data.with_positions if mesh["cp"] > 1 else dict
+    inputs = whole(data.train_batch(corpus.train, seed=options.seed, step=0, **shape))
     rules = find_rules(family, no_sp=options.no_sp)
-    policy = ss.Policy(schedule=options.schedule, microbatches=options.microbatches)
-    sharded = ss.shard(build, rules, parse_mesh(options.mesh), inputs, policy=policy)
+    policy = ss.Policy(schedule=options.schedule, microbatches=options.microbatches, attention=options.attention)
+    sharded = ss.shard(build, rules, mesh, inputs, policy=policy)
     if is_first():
         print(sharded.plan, flush=True)
 
@@ -221,14 +226,15 @@ def train(options: argparse.Namespace) -> None:
     )
     with report.running():
         for step in range(state.step, options.steps):
-            batch = data.train_batch(corpus.train, seed=options.seed, step=step, **shape)
+            batch = whole(data.train_batch(corpus.train, seed=options.seed, step=step, **shape))
             state, metrics = step_fn(state, sharded.local_batch(batch))
             report.step(step + 1, metrics)
             if options.out and (step + 1 == options.steps or (step + 1) % (options.save_every or options.steps) == 0):
                 report.flush()  # whoever goes on from here finds the metrics of the steps before
                 ss.save(state, checkpoint_of(options.out, step + 1))
         rate = report.tokens_per_second
-        validation = validate(sharded, state, corpus, shape)
+        batches = data.validation_batches(corpus.validation, count=VALIDATION_BATCHES, **shape)
+        validation = validate(sharded, state, map(whole, batches))
         unigram = data.entropy_unigram(corpus.train, corpus.validation)
         report.write(step=options.steps, validation_loss=validation, unigram=unigram, tokens_per_s=rate)
     text = sample(sharded, state, build, options.seed)
@@ -299,10 +305,9 @@ def touch(path: Path) -> None:
         raise UsageError(f"--metrics {path}: {error.strerror}") from None
 
 
-def validate(sharded: ss.Sharded, state: ss.TrainState, corpus: data.Corpus, shape: dict[str, int]) -> float:
-    """Return the mean loss over the fixed validation batches, in nats a byte."""
+def validate(sharded: ss.Sharded, state: ss.TrainState, batches: Iterable[dict[str, torch.Tensor]]) -> float:
+    """Return the mean loss over global batches, in nats a byte."""
     step_fn = ss.eval_step(sharded, loss_fn)
-    batches = data.validation_batches(corpus.validation, count=VALIDATION_BATCHES, **shape)
     losses = [float(step_fn(state, sharded.local_batch(batch))["loss"]) for batch in batches]
     return sum(losses) / len(losses)
 

@@ -103,15 +103,22 @@ def model_options(*, required: bool) -> Callable[[Callable[..., Any]], Callable[
 
 
 def policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--schedule` and `--microbatches`: a command gets them as `policy`, arguments of `ss.Policy`."""
+    """`--schedule`, `--microbatches` and `--attention`: a command gets them as `policy`, arguments of `ss.Policy`."""
 
     @functools.wraps(function)
-    def run(*, schedule: str, microbatches: int | None, **rest: Any) -> Any:
-        return function(policy={"schedule": schedule, "microbatches": microbatches}, **rest)
+    def run(*, schedule: str, microbatches: int | None, attention: str, **rest: Any) -> Any:
+        policy = {"schedule": schedule, "microbatches": microbatches, "attention": attention}
+        return function(policy=policy, **rest)
 
     schedule = click.option("--schedule", default="1F1B", metavar="NAME", help="Of a pipeline, by torch's name.")
     count = click.option("--microbatches", type=click.IntRange(min=1), help="Of a step (default: one for each stage).")
-    return schedule(count(run))
+    attention = click.option(
+        "--attention",
+        default="allgather",
+        metavar="NAME",
+        help="Over a sequence split over cp: allgather, ring, ulysses.",
+    )
+    return schedule(count(attention(run)))
 
 
 def mesh_option(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
