@@ -8,6 +8,7 @@ from attrs import define, field
 from torch import Tensor
 
 from shardspec.amounts import NOTHING, Amount, as_kind, fixed, part, plus
+from shardspec.contextrun import FORMS, Held, record
 from shardspec.footprint import KEPT, PASSING, Measure, Origin, Record, probe
 from shardspec.functional import accumulation_dtype
 from shardspec.infer import TypedGraph
@@ -16,6 +17,7 @@ from shardspec.moves import Move
 from shardspec.peaks import Peaks
 from shardspec.program import Node, Ref, substitute, tensors
 from shardspec.rules.operator import named_arguments
+from shardspec.sequence import AXIS
 
 COLLECTIVES = "collectives"
 
@@ -235,9 +237,39 @@ def _dropout(run: LocalRun, position: int, live: Sequence[bool]) -> Record:
     )
 
 
+def _context(run: LocalRun, position: int, live: Sequence[bool]) -> Record:
+    """Attention over cp: `shardspec.contextrun`."""
+    node, values = run.typed.graph.nodes[position], run.typed.graph.values
+    made = node.outputs[0]
+    assert made is not None, "attention has a result"
+    refs = [ref.index for ref in node.operands]
+    dtype = run.dtype_of(values[refs[0]].dtype)
+    rows = Layout(run.typed.layout(refs[0]).dims[:-1])
+
+    def held(size: int, sums: Held | None = None) -> Held:
+        def of(index: int, times: tuple[str, ...] = ()) -> Amount:
+            return part(PASSING, run.typed.layout(index), size, run.sizes, times)
+
+        return Held(
+            q=of(refs[0]),
+            k=of(refs[1]),
+            v=of(refs[2]),
+            out=of(made),
+            keys=of(refs[1], (AXIS,)),
+            values=of(refs[2], (AXIS,)),
+            lse=part(PASSING, rows, size, run.sizes),
+            mask=of(refs[3]) if len(refs) > 3 else NOTHING,
+            sums=sums,
+        )
+
+    sums = held(accumulation_dtype(dtype).itemsize)
+    return record(run.typed.lowering[position], held(dtype.itemsize, sums), live, run.sizes[AXIS], masked=len(refs) > 3)
+
+
 SPECIAL: Mapping[str, Callable[[LocalRun, int, Sequence[bool]], Record]] = {
     "embedding": _embedding,
     "cross_entropy": _cross_entropy,
     "dropout": _dropout,
+    **dict.fromkeys(FORMS, _context),
 }
 """What the runtime runs in an operator's place, by the name that the typing gives it."""

@@ -33,6 +33,7 @@ LAYERS = (
     "arguments claims lower fixes positions",
     "explain",
     "exchange hazards batch context typecheck footprint pipelining staging",
+    "contextrun",
     "localrun",
     "moments",
     "excerpt residency",

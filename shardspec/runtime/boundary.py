@@ -77,9 +77,13 @@ def _take(tensor: Tensor, dim: int, outer: int, n: int, runs: Sequence[int] = ()
     if runs:
         chunks = [run.chunk(n, dim) for run in _whole_runs(tensor, dim, runs, n)]
         return torch.stack([torch.cat(held, dim) for held in zip(*chunks, strict=True)])
-    if halves:
-        tensor = _reordered(tensor, dim, outer, order(n, balanced=True))
     shape = list(tensor.shape)
+    if halves:
+        split = tensor.unflatten(dim, (outer, 2 * n, shape[dim] // outer // (2 * n)))
+        pairs = split.new_empty((n, *shape[:dim], outer, 2, *split.shape[dim + 2 :]))
+        for at, chunk in enumerate(order(n, balanced=True)):
+            pairs[at // 2].select(dim + 1, at % 2).copy_(split.select(dim + 1, chunk))
+        return pairs.flatten(dim + 1, dim + 3)
     if outer == 1:
         shape[dim] //= n
         if tensor.is_contiguous() and all(length == 1 for length in shape[:dim]):
@@ -90,17 +94,13 @@ def _take(tensor: Tensor, dim: int, outer: int, n: int, runs: Sequence[int] = ()
     return split.movedim(dim + 1, 0).reshape(n, *shape).contiguous()
 
 
-def _reordered(tensor: Tensor, dim: int, outer: int, chunks: Sequence[int]) -> Tensor:
-    """[.., outer * chunks * inner, ..] with its chunks in another order."""
-    split = tensor.unflatten(dim, (outer, len(chunks), tensor.shape[dim] // outer // len(chunks)))
-    return torch.stack([split.select(dim + 1, chunk) for chunk in chunks], dim + 1).flatten(dim, dim + 2)
-
-
 def _put(parts: Tensor, dim: int, outer: int, runs: Sequence[int] = (), *, halves: bool = False) -> Tensor:
     """[n, .., outer * inner, ..] -> [.., outer * n * inner, ..]."""
-    if halves:
-        return _reordered(_put(parts, dim, outer), dim, outer, places(len(parts)))
     n, *shape = parts.shape
+    if halves:
+        pairs = parts.unflatten(dim + 1, (outer, 2, shape[dim] // outer // 2))
+        chunks = [pairs[at // 2].select(dim + 1, at % 2) for at in places(n)]
+        return torch.stack(chunks, dim + 1).flatten(dim, dim + 2)
     if runs:
         held = [part.split(list(runs), dim) for part in parts.unbind(0)]
         return torch.cat([piece for run in zip(*held, strict=True) for piece in run], dim)

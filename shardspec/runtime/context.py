@@ -183,6 +183,7 @@ class _Gathered(torch.autograd.Function):
         whole = [all_gather(each, job.move("all_gather", 2), job.fabric) for each in (k, v)]
         found = Gradients(torch.zeros_like(q, dtype=lse.dtype))
         summed = found.add(grad, q, *whole, out, lse, job.grid_of_all(), job.scale)
+        whole.clear()
         own = [reduce_scatter(each, job.move("reduce_scatter", 2), job.fabric) for each in summed]
         return found.q.to(q.dtype), own[0].to(k.dtype), own[1].to(v.dtype), None
 
