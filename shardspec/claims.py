@@ -68,6 +68,8 @@ def match_params(table: Table, names: View, mesh: Mesh) -> tuple[dict[str, Param
         if problem and entry.location not in clashing:
             uneven.setdefault((entry, shape), problem)
         known = names.parameters[name]
+        if known.is_buffer and known.persistent and AXIS in storage.axes:
+            wrong.setdefault(entry, _in_the_state(name, entry))
         params[name] = ParamClaim(
             name, entry, shape, known.dtype, known.is_buffer, layout, storage, known.requires_grad, expert
         )
@@ -108,6 +110,17 @@ def lies_with_sequence(known: Parameter, entry: Entry) -> bool:
     """Whether a rule lays a buffer over cp as a sequence is: one that is made with the model, and is in no state."""
     storing = {axis for axis in entry.spec.axes if axis in STORAGE_AXES}
     return known.is_buffer and not known.persistent and storing == {AXIS}
+
+
+def _in_the_state(name: str, entry: Entry) -> Diagnostic:
+    """SS209 for a buffer over cp that a state holds: its parts lie as a batch does, which differs from run to run."""
+    return Diagnostic(
+        code="SS209",
+        what=f"the buffer {name} lies over {AXIS}, and is persistent",
+        why="a state holds it, in the order of the whole; over cp it lies as the sequence of the batch does",
+        locations=(entry.location,),
+        advice=(f"register {name} with persistent=False: it is then made with the model, and is in no state",),
+    )
 
 
 def _ties(params: Mapping[str, ParamClaim], names: View) -> Iterable[Diagnostic]:

@@ -10,7 +10,7 @@ from attrs import define, evolve, field
 
 from shardspec import lower as lowering
 from shardspec.arguments import as_model, check_arguments
-from shardspec.balanced import lies_balanced
+from shardspec.balanced import lies_balanced, unmatched_strategies
 from shardspec.batch import Batch, batch_key, check_inputs, entry_plans, global_shapes, host_read, microbatch_shapes
 from shardspec.claims import match_params, match_points, told_apart
 from shardspec.constraints import Constraint
@@ -120,6 +120,7 @@ class Compiler:
         """
         with uncollected():
             table, kin = self.table(mesh)
+            settle(unmatched_strategies(self.policy, lambda: self.names.whole.modules))
             whole, mesh = mesh, mesh.replace(pp=1)
             if whole["pp"] > 1:
                 settle(check_pipeline(self.rules, self.names.whole, whole, self.policy))

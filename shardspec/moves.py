@@ -86,6 +86,7 @@ def transition(before: Layout, after: Layout, sizes: Sizes, balanced: Collection
         steps = _steps(now, after, sizes)
         found = next((step for step in steps if step[0].axis not in balanced or _in_halves(*step, now, sizes)), None)
         if found is None:
+            assert balanced, f"no move leads from {now} to {after}"
             held = ", ".join(axis for axis in balanced if axis in now.sharded or axis in after.sharded)
             raise NoTransition(f"{held} lies head and tail, and would have to move within another axis")
         move, then = found
@@ -138,7 +139,6 @@ def _steps(now: Layout, after: Layout, sizes: Sizes) -> Iterator[tuple[Move, Lay
         old = now.dims[dim]
         move = Move("all_gather", axis, dim, _outer(old, axis), runs=_runs(old, axis))
         yield move, _with_dims(now, {dim: gathered(old, axis, sizes)})
-    raise AssertionError(f"no move leads from {now} to {after}")
 
 
 def _outer(dim: DimLayout, axis: str) -> int:

@@ -28,6 +28,8 @@ class Shape:
     vocabulary: int = 24
     longest: int = 64
     dropout: float = 0.0
+    """Of attention weights."""
+    hidden_dropout: float = 0.0
 
 
 class Attention(nn.Module):
@@ -42,10 +44,9 @@ class Attention(nn.Module):
         self.wo = nn.Linear(shape.heads * shape.value_dim, shape.dim, bias=False)
 
     def forward(self, x_BSD: Tensor, mask: Tensor | None) -> Tensor:
-        B, S, _ = x_BSD.shape
-        q = self.wq(x_BSD).view(B, S, -1, self.shape.head_dim).transpose(1, 2)
-        k = self.wk(x_BSD).view(B, S, -1, self.shape.head_dim).transpose(1, 2)
-        v = self.wv(x_BSD).view(B, S, -1, self.shape.value_dim).transpose(1, 2)
+        q = self.wq(x_BSD).unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
+        k = self.wk(x_BSD).unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
+        v = self.wv(x_BSD).unflatten(-1, (-1, self.shape.value_dim)).transpose(1, 2)
         causal = self.shape.kind == "causal"
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=self.shape.dropout, is_causal=causal, enable_gqa=True
@@ -61,10 +62,11 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(shape.dim)
         self.attention = Attention(shape)
         self.mix = nn.Linear(shape.dim, shape.dim)
+        self.hidden_dropout = shape.hidden_dropout
 
     def forward(self, x_BSD: Tensor, mask: Tensor | None) -> Tensor:
         h_BSD = x_BSD + self.attention(self.norm(x_BSD), mask)
-        return h_BSD + torch.tanh(self.mix(h_BSD))
+        return h_BSD + F.dropout(torch.tanh(self.mix(h_BSD)), self.hidden_dropout, self.training)
 
 
 class Reader(nn.Module):
@@ -134,6 +136,7 @@ RULES = ss.Rules(
         r"embed|places|layers\.\d+(\.attention)?": "... S@(cp,tp) D",
     },
     units=[r"layers\.\d+"],
+    pipeline=r"layers\.(?P<pp>\d+)",
     sizes={"D2": 16},
 )
 

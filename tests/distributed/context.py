@@ -1,4 +1,4 @@
-"""Attention over a split sequence against the plain program in float64: loss, every gradient, parameters after steps."""
+"""Attention over a split sequence against the plain program in float64: loss, gradients, parameters after steps."""
 
 from typing import Any
 
