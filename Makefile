@@ -38,6 +38,7 @@ sweep: $(READY)
 	$(PY) -m benchmarks.sweep
 	$(PY) -m benchmarks.pipelines
 	$(PY) -m benchmarks.experts
+	$(PY) -m benchmarks.context
 	$(PY) -m benchmarks.gallery
 	$(PY) -m benchmarks.operators
 	$(PY) -m benchmarks.mutations

@@ -47,7 +47,8 @@ class Case:
 
     def make(self) -> nn.Module:
         """The model; float64 by torch's default dtype."""
-        shape = reader.Shape(kind=self.kind, kv_heads=self.kv_heads, value_dim=self.value_dim)
+        layers = max(2, ss.Mesh.parse(self.mesh)["pp"])
+        shape = reader.Shape(kind=self.kind, kv_heads=self.kv_heads, value_dim=self.value_dim, layers=layers)
         return reader.build(shape)
 
     def batch(self, step: int = 0) -> dict[str, Tensor]:
