@@ -3,8 +3,8 @@
     python -m benchmarks.context [--ranks 8] [--out docs/context_sweep.md] [MESH ...]
 
 The grid: each strategy, head and tail and in order, causal, full and with documents, 1, 2 and 8 key-value heads, on
-every mesh of up to 8 ranks with cp of 2 or 4 and at most one other axis. Status 1: a difference above the tolerance, a rank
-that failed, or a message that the plan does not have.
+every mesh of up to 8 ranks with cp of 2 or 4 and at most one other axis. Status 1: a difference above the tolerance, a
+rank that failed, or a message that the plan does not have.
 """
 
 import argparse
@@ -219,8 +219,8 @@ def memory(ranks: int) -> str:
     """Bytes of a step as cp grows, at one sequence."""
     lines = ["\n## Memory as cp grows\n"]
     lines.append(
-        f"The debug Llama with 2 layers, one row of {LONG} tokens, float32: the most bytes that a step adds on the rank\n"
-        "that holds the most, measured (without gloo's own copies) and by the plan; and the plan's activations.\n"
+        f"The debug Llama with 2 layers, one row of {LONG} tokens, float32: the most bytes that a step adds on the\n"
+        "rank that holds the most, measured (without gloo's own copies) and by the plan; and the plan's activations.\n"
     )
     lines += [
         "| strategy | cp | peak MB | plan MB | error | activations MB | falls by |",
@@ -251,14 +251,15 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     out = options.out or (None if options.meshes else OUT)
-    tables, wrong, failed = "", 0, 0
+    tables, wrong, failures = "", 0, 0
     if not options.meshes:
         tables, wrong = wire()
         tables = work() + tables + memory(options.ranks)
     for page, failed in grid(options.meshes or list(meshes(options.ranks))):
+        failures = failed
         if out is not None:
             out.write_text(HEAD + tables + page)
-    return int(failed + wrong > 0)
+    return int(failures + wrong > 0)
 
 
 if __name__ == "__main__":

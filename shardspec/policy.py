@@ -64,7 +64,7 @@ class Policy:
     schedule: str = "1F1B"
     microbatches: int | None = None
     stages: tuple[int, ...] | None = field(default=None, converter=lambda cut: None if cut is None else tuple(cut))
-    attention: tuple[tuple[str, str], ...] = field(default="allgather", converter=_strategies)
+    attention: tuple[tuple[str, str], ...] = field(default=((".*", STRATEGIES[0]),), converter=_strategies)
     balance: bool | None = None
 
     def __attrs_post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """Attention over a split sequence in a plan: what is accepted, what it costs, what is laid how."""
 
 import json
+from pathlib import Path
 
 import attrs
 import pytest
@@ -12,6 +13,7 @@ from models.llama import RULES, build
 from models.llama.model import Llama
 from tests import reader
 from tests.gallery.case import Case, llama, make_batch
+from tests.markdown import run_page
 
 INPUTS = make_batch(positions=True)
 
@@ -210,3 +212,17 @@ def test_heads_are_exchanged_over_what_tp_left_of_them():
     legal = {str(mesh) for mesh in plan.legal_meshes(8)}
     assert "cp=4,tp=2" not in legal
     assert {"fsdp=2,cp=2,tp=2", "fsdp=2,cp=4", "fsdp=4,cp=2"} <= legal
+
+
+def test_the_page_on_long_context_runs_and_says_what_a_user_is_told(capsys, monkeypatch):
+    root = Path(__file__).parent.parent
+    monkeypatch.chdir(root)
+    run_page(root / "docs" / "context.md", capsys)
+
+
+@pytest.mark.parametrize("strategy", ["allgather", "ring", "ulysses"])
+def test_a_page_of_figures_has_no_row_that_fails(strategy: str):
+    page = (Path(__file__).parent.parent / "docs" / "context_sweep.md").read_text()
+    rows = [line for line in page.splitlines() if f"| {strategy} |" in line]
+    assert len(rows) > 20
+    assert "**" not in page

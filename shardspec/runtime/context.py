@@ -168,8 +168,8 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, job: Job) -> Tensor:
         rows = Rows.none(q, v)
-        whole = [all_gather(each, job.move("all_gather", 2), job.fabric) for each in (k, v)]
-        rows.see(q, *whole, job.grid_of_all(), job.scale)
+        keys, values = (all_gather(each, job.move("all_gather", 2), job.fabric) for each in (k, v))
+        rows.see(q, keys, values, job.grid_of_all(), job.scale)
         out = rows.out.to(q.dtype)
         ctx.job = job
         ctx.save_for_backward(q, k, v, out, rows.lse)
@@ -180,10 +180,10 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         job: Job = ctx.job
         q, k, v, out, lse = ctx.saved_tensors
-        whole = [all_gather(each, job.move("all_gather", 2), job.fabric) for each in (k, v)]
+        keys, values = (all_gather(each, job.move("all_gather", 2), job.fabric) for each in (k, v))
         found = Gradients(torch.zeros_like(q, dtype=lse.dtype))
-        summed = found.add(grad, q, *whole, out, lse, job.grid_of_all(), job.scale)
-        whole.clear()
+        summed = found.add(grad, q, keys, values, out, lse, job.grid_of_all(), job.scale)
+        del keys, values
         own = [reduce_scatter(each, job.move("reduce_scatter", 2), job.fabric) for each in summed]
         return found.q.to(q.dtype), own[0].to(k.dtype), own[1].to(v.dtype), None
 
