@@ -28,9 +28,9 @@ from models import data
 from models.checkpoints import checkpoint_of, find_checkpoint, other_settings, saved_step, write_settings
 from models.launch import launch, under_launcher
 from models.report import Report
+from shardspec.policy import STRATEGIES
 from shardspec.schedule import SCHEDULES
 
-STRATEGIES = ("allgather", "ring", "ulysses")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 VALIDATION_BATCHES = 8
 SAMPLE_LIMIT = 100_000_000  # parameters: a larger model is not gathered on every rank for a sample
