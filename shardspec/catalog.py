@@ -217,14 +217,6 @@ Put the axis on the batch factor of the entries and of the activations.""",
         right='r"tokens|labels": "B@(dp,fsdp) S"',
     ),
     CodeEntry(
-        code="SS214",
-        title="a part of the language that this version does not run",
-        explanation="""\
-The table says something that is checked but has no lowering yet. It is refused rather than ignored:
-nothing that was declared is skipped. Leave the axis or the argument out, or use a version that has it;
-the changelog says which.""",
-    ),
-    CodeEntry(
         code="SS215",
         title="the size of a factor is not known",
         explanation="""\

@@ -44,7 +44,7 @@ def test_a_refusal_gives_a_reason_a_place_and_one_message_a_cause(fault: Fault):
     assert len(found) <= MOST.get(str(fault), 1), str(refusal(fault))
     for diagnostic in found:
         assert diagnostic.why
-        assert diagnostic.locations or diagnostic.code in ("SS401", "SS214"), str(diagnostic)
+        assert diagnostic.locations or diagnostic.code == "SS401", str(diagnostic)
         assert all(place.file and not place.file.startswith("/") for place in diagnostic.locations), str(diagnostic)
 
 
