@@ -23,7 +23,7 @@ from shardspec.aliasing import PARAMETER_WRITE, Aliases, writes, written
 from shardspec.diagnostics import Location, shorten
 from shardspec.nests import distinct, tensor_leaves
 from shardspec.program import Block, ExpertsCall, Graph, Node, Program, Ref, Value, tensors
-from shardspec.rules.operator import RULES
+from shardspec.rules.operator import META, RULES
 from shardspec.torch_private import (
     OpOverload,
     TorchDispatchMode,
@@ -189,6 +189,7 @@ class Tracer(TorchDispatchMode):
 
     def record(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one operator on meta and append its node."""
+        args = self._by_number(func, args)
         data = self._constant(func, args, kwargs)
         if func is aten._local_scalar_dense.default or func is aten.item.default:
             if data is None:
@@ -206,8 +207,25 @@ class Tracer(TorchDispatchMode):
         if isinstance(data, torch.Tensor) and torch.Tag.dynamic_output_shape in func.tags:
             out = torch.empty_like(data, device="meta")
         else:
-            out = func(*arguments, **{key: _on_meta(value) for key, value in called.items()})
+            out = META.get(func, func)(*arguments, **{key: _on_meta(value) for key, value in called.items()})
         return self.append(func, _operator_name(func), args, kwargs, out, data)
+
+    def _by_number(self, func: Any, args: Any) -> Any:
+        """The arguments of a lookup by masks that are known with the rows' numbers in their place."""
+        if func is not aten.index.Tensor or not _by_values(func, args):
+            return args
+        found: list[Any] = []
+        for index in args[1]:
+            value = self.frame.ids.get(id(index))
+            data = self.frame.graph.values[value].data if value is not None else None
+            if index is None or index.dtype not in (torch.bool, torch.uint8):
+                found.append(index)
+            elif data is None:
+                return args
+            else:
+                with no_torch_function(), no_torch_dispatch():
+                    found += data.nonzero().unbind(1)
+        return (args[0], found)
 
     def append(self, func: Any, name: str, args: Any, kwargs: Any, out: Any, data: Any = None) -> Any:
         """Append a node with its outputs and give back the outputs."""
@@ -315,6 +333,9 @@ class Tracer(TorchDispatchMode):
         if not reads and not _is_small_factory(func, args):
             return None
         options = {key: value for key, value in kwargs.items() if key != "device"}
+        if func is aten.histc.default and not known[0].is_floating_point():
+            # The kernel for whole numbers is an accelerator's alone.
+            return func(known[0].double(), *known[1:], **options).to(known[0].dtype)
         out = func(*known, **options, **({"device": torch.device("cpu")} if not reads else {}))
         if isinstance(out, torch.Tensor) and (out.numel() > CONSTANT_LIMIT or (out.is_floating_point() and out.ndim)):
             return None

@@ -51,6 +51,39 @@ class Plain(nn.Module):
         return out_ND
 
 
+class Grouped(nn.Module):
+    """One grouped product of the rows, sorted by expert, in float32; its rows and numbers are found by masks."""
+
+    def __init__(self, n_experts: int, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(n_experts, 2 * ffn_dim, dim))
+        self.down_proj = nn.Parameter(torch.empty(n_experts, dim, ffn_dim))
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, hidden_ND: Tensor, ids_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
+        order = ids_Nk.flatten().argsort(stable=True)
+        token = order // ids_Nk.shape[1]
+        ends_E = torch.bincount(ids_Nk.flatten(), minlength=self.down_proj.shape[0]).cumsum(0).to(torch.int32)
+        up = F.grouped_mm(hidden_ND[token].float(), self.gate_up_proj.float().transpose(-2, -1), offs=ends_E)
+        gate, up = up.chunk(2, dim=-1)
+        made = F.grouped_mm(F.silu(gate) * up, self.down_proj.float().transpose(-2, -1), offs=ends_E)
+        made = made * weights_Nk.flatten()[order, None]
+        return torch.zeros_like(hidden_ND).index_add_(0, token, made.to(hidden_ND.dtype))
+
+
+class Masked(Plain):
+    """A loop over all experts that picks rows by masks."""
+
+    def forward(self, hidden_ND: Tensor, ids_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
+        out_ND = torch.zeros_like(hidden_ND)
+        for index in range(self.w1.shape[0]):
+            token, choice = torch.where(ids_Nk == index)
+            made = F.linear(F.gelu(F.linear(hidden_ND[(ids_Nk == index).any(1)], self.w1[index])), self.w2[index])
+            out_ND = out_ND.index_add(0, token, made * weights_Nk[token, choice, None])
+        return out_ND
+
+
 class Moe(nn.Module):
     """Softmax scores, the best k of them, made to sum to one."""
 

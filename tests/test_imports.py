@@ -18,7 +18,7 @@ LAYERS = (
     "rules.table rules.operator peaks",
     "rules.parse rules.factors",
     (
-        "rules.attention rules.contraction rules.experts rules.index rules.loss rules.pointwise "
+        "rules.attention rules.contraction rules.experts rules.grouped rules.index rules.loss rules.pointwise "
         "rules.random rules.reduction rules.scatter rules.spatial rules.view"
     ),
     "rules.match rules.fit rules.convolution rules.join",

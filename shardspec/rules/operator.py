@@ -144,6 +144,10 @@ RULES: dict[Any, OperatorRule] = {}
 """Operator (an ATen overload, or a function taken whole) -> its rule."""
 
 
+META: dict[Any, Callable[..., Any]] = {}
+"""Operator -> what gives its result on meta, where torch's own form there refuses what its kernels take."""
+
+
 def rule(*operators: Any) -> Callable[[OperatorRule], OperatorRule]:
     """Register the decorated function as the rule of `operators`."""
 
