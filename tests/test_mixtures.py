@@ -1,5 +1,6 @@
 """Mixtral and DeepSeek-V3 as plain models: sizes, and what they compute beside loops over tokens, experts and heads."""
 
+import json
 import math
 
 import attrs
@@ -7,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import deepseek, mixtral
+from models import deepseek, mixtral, train
 from models import experts as experts_model
 from models.deepseek.model import Attention, DeepSeekConfig, rope_angles
 from models.deepseek.model import Router as DeepSeekRouter
@@ -225,3 +226,14 @@ def test_yarn_keeps_what_turns_often_in_pretraining_and_stretches_what_turns_les
     between = (turns < 30) & (turns > 1.2)
     assert bool(((two < one) & (two > one / 40))[between].all())
     assert int(between.sum()) > 5
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek"])
+def test_the_job_that_trains_takes_a_familys_loss_and_its_update_of_buffers(family, tmp_path, capfd):
+    torch.set_default_dtype(torch.float32)  # the job sets its own
+    line = f"--family {family} --steps 2 --batch 2 --seq 16 --metrics {tmp_path / 'metrics'} --out {tmp_path / 'run'}"
+    assert train.main(line.split()) == 0
+    assert "done: mesh= steps=2 loss=" in capfd.readouterr().out
+    first = json.loads((tmp_path / "metrics").read_text().splitlines()[0])
+    plain = {"mixtral": math.log(256) + 0.02 + 0.001 * math.log(8) ** 2, "deepseek": math.log(256)}
+    assert first["loss"] == pytest.approx(plain[family], abs=0.1 if family == "deepseek" else 0.06)

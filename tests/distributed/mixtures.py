@@ -103,6 +103,14 @@ class Case:
         """A model of its own."""
         return self.mixture.make(self.layers)
 
+    def shard(self) -> ss.Sharded:
+        """The model on its mesh, in float64; called on every rank."""
+        torch.set_default_dtype(torch.float64)
+        mesh = ss.Mesh.parse(self.mesh)
+        counted = {"microbatches": self.microbatches} if mesh["pp"] > 1 else {"accumulate": self.microbatches}
+        policy = ss.Policy(remat=self.remat, schedule=self.schedule, **counted)
+        return ss.shard(self.make, self.mixture.rules[self.sp], mesh, make_batch(0), policy=policy)
+
     @property
     def world(self) -> int:
         return ss.Mesh.parse(self.mesh).world
@@ -220,11 +228,7 @@ def gathered(tensors: Mapping[str, Tensor], world: int) -> dict[str, Tensor]:
 
 def run_sharded(case: Case) -> Outcome:
     """The same on the ranks of a mesh; called on every rank."""
-    torch.set_default_dtype(torch.float64)
-    mixture, mesh = case.mixture, ss.Mesh.parse(case.mesh)
-    counted = {"microbatches": case.microbatches} if mesh["pp"] > 1 else {"accumulate": case.microbatches}
-    policy = ss.Policy(remat=case.remat, schedule=case.schedule, **counted)
-    sharded = ss.shard(case.make, mixture.rules[case.sp], mesh, make_batch(0), policy=policy)
+    mixture, sharded = case.mixture, case.shard()
     state = sharded.init(ss.adamw(**OPTIMIZER), seed=3)
     initial = gathered(state.params, case.world)
     if case.routing:

@@ -1,15 +1,17 @@
 """Both families of experts compute on every mesh what their plain programs compute over the same microbatches."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 import shardspec as ss
-from tests.distributed import mixtures
-from tests.distributed.harness import run_ranks
+from tests.distributed import mixtures, test_collectives, test_pipeline
+from tests.distributed.harness import CollectiveLog, run_ranks
 from tests.distributed.mixtures import FAMILIES, OPTIMIZER, Case, run_cases, run_plain
 from tests.distributed.parity import CLIP, TOLERANCE, make_batch
+from tests.distributed.test_collectives import Calls
 
 # Every pair of axes, and each axis under either family.
 COVERING = [
@@ -67,9 +69,29 @@ def test_what_is_compared_is_far_above_the_tolerance_and_the_biases_move():
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_goes_on_from_one_mesh_of_experts_on_another(family: str, tmp_path: Path):
-    mixture = FAMILIES[family]
+def test_a_step_reduces_and_sends_what_the_plan_says_beside_the_rows_that_travel():
+    """Statistics of routing, their gradients, counts that are not made twice, and a scalar that crosses stages."""
+
+    def run(rank: int, world: int, case: Case) -> tuple[Calls, Calls]:
+        sharded = case.shard()
+        state, batch = sharded.init(ss.adamw(lr=1e-3)), sharded.local_batch(make_batch(0))
+        step = ss.train_step(sharded, case.mixture.loss_fn, clip=CLIP, buffers=case.mixture.update)
+        state, _ = step(state, batch)
+        with CollectiveLog() as log:
+            step(state, batch)
+        told = test_pipeline.planned if sharded.mesh["pp"] > 1 else test_collectives.planned
+        ran = Counter((call.kind, call.ranks, call.bytes) for call in log.collectives)
+        both = (told(sharded.program(batch, case.mixture.loss_fn), rank), ran)
+        one, two = (Counter({call: n for call, n in calls.items() if call[0] != "all_to_all"}) for calls in both)
+        return one, two
+
+    for case in (Case("mixtral", "pp=2", microbatches=2), Case("deepseek", "ep=2", microbatches=2, remat=True)):
+        for expected, ran in run_ranks(2, run, case):
+            assert ran == expected, str(case)
+
+
+def test_a_run_goes_on_from_one_mesh_of_experts_on_another(tmp_path: Path):
+    mixture = FAMILIES["deepseek"]
 
     def trained(mesh: str, steps: range, path: Path) -> dict[str, torch.Tensor]:
         """Some steps from a checkpoint, or from the start, and then a checkpoint."""
