@@ -225,8 +225,20 @@ POINT_LIKE = frozenset(
     {"point", "block", "add", "sub", "neg", "cat", "stack", "chunk", "split", "clone", "to", "contiguous"}
 )
 MOVES_ONLY = frozenset(
-    ["view", "view_as", "reshape", "flatten", "transpose", "permute", "expand", "slice", "select"]
-    + ["squeeze", "unsqueeze", "unflatten"]
+    [
+        "view",
+        "view_as",
+        "reshape",
+        "flatten",
+        "transpose",
+        "permute",
+        "expand",
+        "slice",
+        "select",
+        "squeeze",
+        "unsqueeze",
+        "unflatten",
+    ]
 )
 SAVES_NOTHING = POINT_LIKE | MOVES_ONLY
 """Operators whose backward needs no tensor of the forward."""
