@@ -1,6 +1,6 @@
 """Attention over a split sequence: parity on a grid, work by rank, bytes on the wire, memory as cp grows.
 
-    python -m benchmarks.context [--ranks 8] [--out docs/context_sweep.md] [MESH ...]
+    python -m benchmarks.context [--ranks 8] [--few] [--out docs/context_sweep.md] [MESH ...]
 
 The grid: each strategy, head and tail and in order, causal, full and with documents, 1, 2 and 8 key-value heads, on
 every mesh of up to 8 ranks with cp of 2 or 4 and at most one other axis. Status 1: a difference above the tolerance, a
@@ -56,11 +56,12 @@ def meshes(ranks: int) -> Iterator[str]:
             yield f"cp={cp},tp={size}" if axis == "tp" else f"{axis}={size},cp={cp}"
 
 
-def cases_on(mesh: str) -> Iterator[Case]:
-    """What can be run there."""
+def cases_on(mesh: str, *, few: bool) -> Iterator[Case]:
+    """What can be run there; of `few`, with 8 key-value heads and head and tail alone."""
     sizes = ss.Mesh.parse(mesh)
+    heads, orders = ((8,), (True,)) if few else (KV_HEADS, (True, False))
     for strategy, kind, kv_heads, balance in itertools.product(
-        STRATEGIES, ("causal", "full", "documents"), KV_HEADS, (True, False)
+        STRATEGIES, ("causal", "full", "documents"), heads, orders
     ):
         held = kv_heads / sizes["tp"]
         exchanged = strategy != "ulysses" or held % sizes["cp"] == 0
@@ -92,12 +93,12 @@ def grid_row(case: Case, found: dict[str, float] | str, *, wrong: bool) -> str:
     return f"| {' | '.join(cells)} | {'**fails**' if wrong else ''} |\n"
 
 
-def grid(chosen: list[str]) -> Iterator[tuple[str, int]]:
+def grid(chosen: list[str], *, few: bool) -> Iterator[tuple[str, int]]:
     """The table of parity as far as it has come, and how many rows of it fail; once for each mesh."""
     rows: list[str] = []
     failed, began = 0, time.monotonic()
     for done, mesh in enumerate(chosen, 1):
-        for case, found in run_mesh(list(cases_on(mesh))):
+        for case, found in run_mesh(list(cases_on(mesh, few=few))):
             wrong = isinstance(found, str) or not max(found.values()) <= TOLERANCE
             failed += wrong
             text = found if isinstance(found, str) else f"{max(found.values()):.1e}"
@@ -245,6 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.context", description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--out", type=Path, default=None, help=f"where the tables go ({OUT} for all of them)")
     parser.add_argument("--ranks", type=int, default=8, help="of the largest mesh")
+    parser.add_argument("--few", action="store_true", help="8 key-value heads, head and tail alone")
     parser.add_argument(
         "meshes", nargs="*", metavar="MESH", help='only these, as "cp=2,tp=2", without the other tables'
     )
@@ -255,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     if not options.meshes:
         tables, wrong = wire()
         tables = work() + tables + memory(options.ranks)
-    for page, failed in grid(options.meshes or list(meshes(options.ranks))):
+    for page, failed in grid(options.meshes or list(meshes(options.ranks)), few=options.few):
         failures = failed
         if out is not None:
             out.write_text(HEAD + tables + page)
