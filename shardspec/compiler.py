@@ -17,7 +17,7 @@ from shardspec.constraints import Constraint
 from shardspec.context import attention_collectives
 from shardspec.diagnostics import Diagnostic, ShardingError
 from shardspec.dryrun import Difference, dry_run
-from shardspec.exchange import experts_collectives, lower_experts
+from shardspec.exchange import experts_collectives, lower_experts, routing_size
 from shardspec.explain import attribute_edits, explain_differences
 from shardspec.fixes import Attempt
 from shardspec.hazards import hazards
@@ -175,7 +175,7 @@ class Compiler:
         """
         table, found = parse_table(self.rules)
         settle(found)
-        if self.rules.experts is not None:
+        if self.rules.experts is not None or self.rules.capacity is not None:
             settle(check_experts(self.rules, self.names.whole.modules))
         settle(unknown_sizes(table))
         settle(unused_axes(table, mesh, pipelined=self.rules.pipeline is not None))
@@ -384,6 +384,8 @@ def assemble(
     facts = lowering.constraints(typed)
     again = lowering.recomputed(units, policy)
     count = microbatch_count(policy, mesh)
+    experts = lower_experts(typed)
+    loss = loss and evolve(loss, beside=routing_size(experts))
     stepwise = evolve(policy, accumulate=count, microbatches=None)
     dtype_of = lowering.compute_dtypes(params, policy)
     points = [
@@ -421,7 +423,7 @@ def assemble(
         constraints=facts,
         last_unit=last,
         pipeline=pipeline,
-        experts=lower_experts(typed),
+        experts=experts,
         balanced=typed.inference.balanced,
         counted=(
             (lambda: usage(typed, params, units, last, stepwise, facts))

@@ -1,9 +1,12 @@
 """What the calls of experts modules come to on a rank: a plan for each, and the messages of its exchange."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from math import ceil, prod
 
 from shardspec.infer import TypedGraph, absolute
+from shardspec.layout import local_size
 from shardspec.lower import calls, in_order, run_again
+from shardspec.mesh import Mesh, degree
 from shardspec.plan import Collective, ExpertsPlan
 from shardspec.stages import TypedProgram
 
@@ -17,22 +20,34 @@ def lower_experts(typed: TypedProgram) -> dict[str, ExpertsPlan]:
     for fqn, graph, back in calls(typed.forward, typed.backward, ""):
         for position in graph.bodies:
             completed = back.completed.get(position) if back is not None else None
-            plan = experts_plan(graph, position, absolute(fqn, graph.graph.nodes[position].func.fqn), completed)
+            name = absolute(fqn, graph.graph.nodes[position].func.fqn)
+            plan = experts_plan(graph, position, name, completed, typed.claims.table.rules.capacity)
             if plan.name not in found or completed is not None:
                 found[plan.name] = plan
     return found
 
 
 def experts_plan(
-    graph: TypedGraph, position: int, name: str, completed: tuple[frozenset[str] | None, ...] | None
+    graph: TypedGraph,
+    position: int,
+    name: str,
+    completed: tuple[frozenset[str] | None, ...] | None,
+    capacity: float | None,
 ) -> ExpertsPlan:
-    """The plan of one call; `completed` says what its backward does, if there is one."""
+    """The plan of one call.
+
+    Args:
+        completed: what its backward completes, if there is one.
+        capacity: how many assignments an expert takes, in units of as many as each gets where all get the same.
+    """
     hidden, _, ids, *stacked = graph.consumed[position]
     axes = [in_order(over or ()) for over in completed or ((), ())]
-    first = graph.graph.nodes[position].args[3].index
+    values, node = graph.graph.values, graph.graph.nodes[position]
+    count, choices = values[node.args[3].index].shape[0], values[node.args[2].index].shape
     return ExpertsPlan(
         name=name,
-        count=graph.graph.values[first].shape[0],
+        count=count,
+        capacity=0 if capacity is None else max(1, ceil(capacity * prod(choices) / count)),
         tokens=ids.layout,
         features=hidden.layout.shape[1],
         exchanged="ep" in stacked[0].layout.sharded,
@@ -53,11 +68,15 @@ def experts_collectives(typed: TypedProgram, again: tuple[str, ...]) -> Iterator
             node, values = graph.graph.nodes[position], graph.graph.values
             name = absolute(fqn, node.func.fqn)
             completed = back.completed.get(position) if back is not None else None
-            plan = experts_plan(graph, position, name, completed)
+            plan = experts_plan(graph, position, name, completed, typed.claims.table.rules.capacity)
             hidden, weights = (values[node.args[at].index].dtype.itemsize for at in (0, 1))
             tokens, choices = plan.tokens.shape
             rows, shares = tokens * choices * plan.features * hidden, tokens * choices * weights
             there = [("counts", plan.count * 8, False), ("rows", rows, False), ("weights", shares, False)]
+            if plan.capacity:
+                there = [(what, size, True) if what != "counts" else (what, size, False) for what, size, _ in there]
+                times = 2 if f"{name}:exchange" in twice else 1
+                yield from _asked(plan, name, typed.mesh, times)
             sent: list[tuple[str, str, int, bool]] = []
             if plan.exchanged:
                 sent += [("forward", *message) for message in there]
@@ -65,7 +84,7 @@ def experts_collectives(typed: TypedProgram, again: tuple[str, ...]) -> Iterator
                 sent += [("backward", *message) for message in there if f"{name}:exchange" in twice]
                 sent += [("backward", "rows, back", rows, True)] if f"{name}:return" in twice else []
                 if completed is not None:
-                    sent.append(("backward", "gradients of rows", rows, False))
+                    sent.append(("backward", "gradients of rows", rows, bool(plan.capacity)))
                     sent += [("backward", "gradients of rows, back", rows, True)] if completed[0] is not None else []
                     sent += (
                         [("backward", "gradients of weights, back", shares, True)] if completed[1] is not None else []
@@ -77,6 +96,24 @@ def experts_collectives(typed: TypedProgram, again: tuple[str, ...]) -> Iterator
                     expected=expected,
                 )  # fmt: skip
             yield from _completions(plan, name, tokens * plan.features * hidden, shares, alike=hidden == weights)
+
+
+def _asked(plan: ExpertsPlan, name: str, mesh: Mesh, times: int) -> Iterator[Collective]:
+    """What tells each rank how many assignments come before its own, where an expert takes some only."""
+    axes = in_order(plan.tokens.sharded)
+    digits = plan.tokens.dims[0]
+    last = max((i for i, digit in enumerate(digits) if isinstance(digit, str)), default=-1)
+    runs = plan.tokens.shape[0] // local_size(digits[last + 1 :])
+    size = degree(mesh, axes) * runs * plan.count * 8
+    for phase in ("forward", "backward")[:times] if axes else ():
+        yield Collective(
+            kind="all_gather", axes=axes, where=name, phase=phase, count=1, bytes=size, why="tokens before its own"
+        )
+
+
+def routing_size(experts: Mapping[str, ExpertsPlan]) -> int:
+    """How many numbers a step sums over ranks to tell of experts: tokens by module and expert, and those dropped."""
+    return len(experts) * (1 + max((plan.count for plan in experts.values()), default=0))
 
 
 def _completions(plan: ExpertsPlan, name: str, rows: int, shares: int, *, alike: bool) -> Iterator[Collective]:

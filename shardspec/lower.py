@@ -371,8 +371,8 @@ def step_collectives(params: Mapping[str, ParamPlan], mesh: Mesh, loss: LossPlan
             where="loss",
             phase="step",
             count=1,
-            bytes=3 * 8,
-            why="loss, weight and squared norm",
+            bytes=(3 + loss.beside) * 8,
+            why="loss, weight and squared norm" + (", tokens by expert" if loss.beside else ""),
         )
 
 

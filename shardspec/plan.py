@@ -147,6 +147,8 @@ class ExpertsPlan:
     features: int
     exchanged: bool
     """Whether its experts are laid over ep, so that rows travel."""
+    capacity: int = 0
+    """The most assignments that an expert takes of a microbatch; 0: all."""
     hidden_axes: tuple[str, ...] = ()
     """The axes over which it sums the gradient of the rows that enter it."""
     weights_axes: tuple[str, ...] = ()
@@ -170,6 +172,8 @@ class LossPlan:
     weight_axes: tuple[str, ...] = ()
     number: bool = False
     """Whether the weight is a Python number."""
+    beside: int = 0
+    """How many other numbers are summed with them: what a step tells of experts."""
 
 
 @frozen(kw_only=True)

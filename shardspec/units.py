@@ -76,6 +76,18 @@ def _no_size(rules: Rules, pattern: str, name: str, module: object, attribute: s
 def check_experts(rules: Rules, modules: Iterable[str]) -> Iterator[Diagnostic]:
     """SS103 and SS211 for `experts=` that is no regex, or names no module."""
     pattern = rules.experts or ""
+    good = isinstance(rules.capacity, (int, float)) and rules.capacity > 0
+    if rules.capacity is not None and not (good and rules.experts):
+        yield Diagnostic(
+            code="SS211",
+            what=f"capacity={rules.capacity!r}" + ("" if rules.experts else " and no experts="),
+            why="it says how many assignments an expert takes, in units of as many as each gets where all get the "
+            "same: a number above 0, for the modules that experts= names",
+            locations=(rules.location,),
+            advice=("give 1.25, say, or leave it out: then an expert takes all",),
+        )
+    if not rules.experts:
+        return
     try:
         regex = re.compile(pattern)
     except re.error as error:

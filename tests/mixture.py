@@ -92,6 +92,8 @@ class Moe(nn.Module):
         self.gate = nn.Linear(dim, n_experts, bias=False)
         nn.init.normal_(self.gate.weight, std=0.0 if flat else 1.0)
         self.experts = experts
+        self.capacity = 0
+        """The most assignments that an expert takes; set on the plain program, where no runtime drops the rest."""
         self.register_buffer("bias", torch.tensor(bias or (0.0,) * n_experts))
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -100,7 +102,20 @@ class Moe(nn.Module):
         _, ids_Nk = torch.topk(scores_NE + self.bias, 2, dim=-1)
         weights_Nk = scores_NE.gather(1, ids_Nk)
         weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdim=True)
+        if self.capacity:
+            weights_Nk = weights_Nk * kept(ids_Nk, self.capacity)
         return self.experts(x_ND, ids_Nk, weights_Nk).view_as(x_BSD)
+
+
+def kept(ids_Nk: Tensor, capacity: int) -> Tensor:
+    """1 for the assignments that are among the first `capacity` of their expert, else 0."""
+    taken: dict[int, int] = {}
+    found = torch.zeros(ids_Nk.shape, dtype=torch.get_default_dtype())
+    for token, chosen in enumerate(ids_Nk.tolist()):
+        for choice, expert in enumerate(chosen):
+            found[token, choice] = taken.get(expert, 0) < capacity
+            taken[expert] = taken.get(expert, 0) + 1
+    return found
 
 
 class Layer(nn.Module):
@@ -176,6 +191,11 @@ PLAIN_RULES = RULES.override(
     },
 )
 """The same with storage on other dims than the experts'."""
+
+SEQUENCE_RULES = RULES.override(
+    activations={r"tokens|labels": "B S@(dp,fsdp,ep)", r"layers\.\d+\.moe": "B S@(dp,fsdp,ep) D"}
+)
+"""The same with every row of the batch split: a rank's tokens are not consecutive."""
 
 
 def make_batch(step: int = 0) -> dict[str, Tensor]:

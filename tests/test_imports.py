@@ -48,7 +48,7 @@ LAYERS = (
     "runtime.arguments runtime.boundary runtime.buffers runtime.recipe runtime.state",
     "runtime.context",
     "runtime.attach runtime.init runtime.prefetch runtime.weights",
-    "runtime.experts",
+    "runtime.experts runtime.routing",
     "runtime.apply",
     "runtime.stage",
     "runtime.pipeline",

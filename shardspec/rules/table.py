@@ -76,6 +76,8 @@ class Rules:
         experts: the modules that follow the experts protocol.
         attributes: module pattern -> {attribute: spec of one dim}, for global sizes kept in a module.
         sizes: factor -> size, where nothing else tells it.
+        capacity: how many assignments of a microbatch an expert takes at most, in units of as many as each gets where
+            all get the same; the first ones, by token and choice. All of them where it is None.
     """
 
     params: tuple[Rule, ...]
@@ -85,6 +87,7 @@ class Rules:
     experts: str | None
     attributes: dict[str, dict[str, str]] = field()
     sizes: dict[str, int]
+    capacity: float | None
     origin: Origin
     origins: tuple[Origin, ...] = ()
     """Where the table was made, and each `override` after it."""
@@ -98,6 +101,7 @@ class Rules:
         experts: str | None = None,
         attributes: Mapping[str, Mapping[str, str]] | None = None,
         sizes: Mapping[str, int] | None = None,
+        capacity: float | None = None,
     ) -> None:
         check_kinds(
             params=params,
@@ -117,6 +121,7 @@ class Rules:
             experts=experts,
             attributes={pattern: dict(named) for pattern, named in (attributes or {}).items()},
             sizes=dict(sizes or {}),
+            capacity=capacity,
             origin=origin,
             origins=(origin,),
         )
@@ -149,6 +154,7 @@ class Rules:
         pipeline: str | None = None,
         experts: str | None = None,
         attributes: Mapping[str, Mapping[str, str]] | None = None,
+        capacity: float | None = None,
     ) -> "Rules":
         """A new table: an entry with the same pattern is replaced, others are added, `drop` removes patterns.
 
@@ -178,6 +184,7 @@ class Rules:
             units=self.units if units is None else _units(units),
             pipeline=self.pipeline if pipeline is None else pipeline,
             experts=self.experts if experts is None else experts,
+            capacity=self.capacity if capacity is None else capacity,
             attributes={
                 **self.attributes,
                 **{pattern: dict(named) for pattern, named in (attributes or {}).items()},

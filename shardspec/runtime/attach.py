@@ -33,8 +33,9 @@ class Wiring:
     points: Mapping[str, PointPlan] = field(factory=dict)
     substitutions: Mapping[str, Mapping[tuple[str, int], Substitution]] = field(factory=dict)
     experts: Mapping[str, ExpertsPlan] = field(factory=dict)
-    tokens: dict[str, Tensor] = field(factory=dict)
-    """Experts module -> how many of this rank's assignments each expert got, in the microbatches so far."""
+    routed: dict[str, list[Tensor]] = field(factory=dict)
+    """Experts module -> [E + 1] of each microbatch so far: how many of this rank's assignments asked for each expert,
+    and how many were dropped."""
     rng: int = 0
     """The step's random key."""
     microbatch: int = 0

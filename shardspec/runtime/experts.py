@@ -6,6 +6,7 @@ backward is the exchange the other way. Every rank takes part in each of them, f
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -16,10 +17,14 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from shardspec.functional import check_range
+from shardspec.layout import local_size
+from shardspec.mesh import degree
+from shardspec.placement import digits_index
 from shardspec.plan import ExpertsPlan
 from shardspec.runtime.attach import Wiring, wrap_forward
 from shardspec.runtime.fabric import Fabric
-from shardspec.torch_private import in_backward
+from shardspec.torch_private import all_gather, in_backward
 from shardspec.twin import argument_names
 
 
@@ -27,7 +32,8 @@ from shardspec.twin import argument_names
 class Exchange:
     """Which assignment goes where, and what comes from where."""
 
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
+    """None where every rank has all experts: nothing travels."""
     shape: tuple[int, int]
     """N, k."""
     order: Tensor
@@ -63,23 +69,34 @@ class Exchange:
         return out.index_copy_(0, self.order, tensor_A)
 
 
-def _all_to_all(tensor: Tensor, out: Sequence[int], sent: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+def _all_to_all(tensor: Tensor, out: Sequence[int], sent: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+    if group is None:
+        return tensor
     made = tensor.new_empty((sum(out), *tensor.shape[1:]))
     dist.all_to_all_single(made, tensor.contiguous(), list(out), list(sent), group=group)
     return made
 
 
-def meet(ids_Nk: Tensor, counts_E: Tensor, group: dist.ProcessGroup) -> Exchange:
-    """Tell the ranks of a group how many rows each of their experts gets; the one read of the host in an exchange."""
+def meet(chosen_Nk: Tensor, counts_E: Tensor, group: dist.ProcessGroup | None) -> Exchange:
+    """Tell the ranks of a group how many rows each of their experts gets; the one read of the host in an exchange.
+
+    Args:
+        chosen_Nk: the expert of each assignment; E for one that is dropped.
+        counts_E: how many assignments each expert gets of this rank's.
+    """
+    shape = (chosen_Nk.shape[0], chosen_Nk.shape[1])
+    sorted_A, order = chosen_Nk.reshape(-1).sort(stable=True)
+    if group is None:
+        kept = int(counts_E.sum())
+        return Exchange(None, shape, order[:kept], [kept], [kept], sorted_A[:kept, None])
     ranks = dist.get_world_size(group)
     theirs = torch.empty_like(counts_E)
     dist.all_to_all_single(theirs, counts_E, group=group)
     # Both tables in one copy to the host: rows for each rank, and rows of each of this rank's experts by rank.
-    told = torch.stack((counts_E, theirs)).view(2, ranks, -1).sum(2).tolist()
+    sent, received = torch.stack((counts_E, theirs)).view(2, ranks, -1).sum(2).tolist()
     own = torch.arange(len(counts_E) // ranks, device=counts_E.device).repeat(ranks)
-    experts = torch.repeat_interleave(own, theirs, output_size=sum(told[1]))
-    order = ids_Nk.reshape(-1).argsort(stable=True)
-    return Exchange(group, (ids_Nk.shape[0], ids_Nk.shape[1]), order, told[0], told[1], experts[:, None])
+    experts = torch.repeat_interleave(own, theirs, output_size=sum(received))
+    return Exchange(group, shape, order[: sum(sent)], sent, received, experts[:, None])
 
 
 class _Dispatch(torch.autograd.Function):
@@ -177,13 +194,18 @@ def run_experts(
     hidden_ND, ids_Nk, weights_Nk = (given[name] for name in names[:3])
     if plan.hidden_axes or plan.weights_axes:
         hidden_ND, weights_Nk = _Complete.apply(hidden_ND, weights_Nk, plan, wiring.fabric)  # pyright: ignore[reportGeneralTypeIssues]
-    counts_E = count_tokens(ids_Nk, plan.count)
+    check_range(ids_Nk, plan.count, "expert")
+    chosen_Nk = ids_Nk.long()
+    asked_E = count(chosen_Nk, plan.count)
+    counts_E = asked_E
+    if plan.capacity:
+        chosen_Nk = within_capacity(chosen_Nk, plan, wiring.fabric)
+        counts_E = count(chosen_Nk, plan.count)
     if not in_backward():
-        before = wiring.tokens.get(fqn)
-        wiring.tokens[fqn] = counts_E if before is None else before + counts_E
-    if not plan.exchanged:
+        wiring.routed.setdefault(fqn, []).append(torch.cat((asked_E, (asked_E - counts_E).sum()[None])))
+    if not (plan.exchanged or plan.capacity):
         return forward(hidden_ND, ids_Nk, weights_Nk)
-    exchange = meet(ids_Nk, counts_E, wiring.fabric.group(("ep",)))
+    exchange = meet(chosen_Nk, counts_E, wiring.fabric.group(("ep",)) if plan.exchanged else None)
     rows_RD, weights_R1 = _Dispatch.apply(hidden_ND, weights_Nk, exchange)  # pyright: ignore[reportGeneralTypeIssues]
     made_RD = forward(rows_RD, exchange.experts, weights_R1)
     trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
@@ -192,15 +214,54 @@ def run_experts(
     return _Combine.apply(made_RD, exchange)  # pyright: ignore[reportReturnType]
 
 
-def count_tokens(ids_Nk: Tensor, size_E: int) -> Tensor:
-    """How many assignments each expert has: [E], whole numbers.
+def count(chosen_Nk: Tensor, size_E: int) -> Tensor:
+    """How many assignments each expert has: [E], whole numbers; those of E, which are dropped, are not counted."""
+    flat = chosen_Nk.reshape(-1)
+    return torch.zeros(size_E + 1, dtype=torch.long, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))[
+        :-1
+    ]
 
-    An id outside [0, size_E) is an IndexError on the CPU and a device-side assertion elsewhere.
+
+def within_capacity(chosen_Nk: Tensor, plan: ExpertsPlan, fabric: Fabric) -> Tensor:
+    """The choices with E in the place of those that come too late: an expert takes the first `plan.capacity`
+    assignments of a microbatch, by token and choice in the order of the whole, on every mesh alike.
+
+    A rank's tokens are runs of the whole's. What each expert was asked for by each run of each rank is gathered: from
+    that follows how many come before a run.
     """
-    flat = ids_Nk.reshape(-1).long()
-    if flat.device.type == "cpu" and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < size_E:
-        raise IndexError(f"an expert's number is outside [0, {size_E}): {int(flat.min())} to {int(flat.max())}")
-    return torch.zeros(size_E, dtype=torch.long, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+    digits, size_E = plan.tokens.dims[0], plan.count
+    place, mesh = fabric.coordinate, fabric.mesh
+    axes = tuple(axis for axis in mesh.axes if axis in plan.tokens.sharded)
+    rows = plan.tokens.shape[0]
+    length = local_size(digits[max((i for i, digit in enumerate(digits) if isinstance(digit, str)), default=-1) + 1 :])
+    runs = rows // length
+    flat = chosen_Nk.reshape(-1)
+    run = (
+        torch.arange(rows, device=flat.device)
+        .div(length, rounding_mode="floor")
+        .repeat_interleave(plan.tokens.shape[1])
+    )
+    key = run * size_E + flat
+    asked = torch.zeros(runs * size_E, dtype=torch.long, device=flat.device).scatter_add_(0, key, torch.ones_like(key))
+    every = asked[None]
+    if axes:
+        every = asked.new_empty((degree(mesh, axes), runs * size_E))
+        all_gather(every, asked, fabric.group(axes))
+    places = [
+        {**place, **dict(zip(axes, at, strict=True))} for at in itertools.product(*(range(mesh[a]) for a in axes))
+    ]
+    starts = torch.stack([digits_index(digits, one, mesh)[::length] for one in places]).reshape(-1).to(flat.device)
+    before = torch.empty_like(every.view(-1, size_E))
+    in_order = starts.argsort()
+    counted = every.view(-1, size_E)[in_order]
+    before[in_order] = counted.cumsum(0) - counted
+    own = before.view(len(places), runs * size_E)[fabric.place(axes)]
+    order = key.argsort(stable=True)
+    first = asked.cumsum(0) - asked
+    position = torch.empty_like(key)
+    position[order] = torch.arange(len(key), device=key.device) - first[key[order]]
+    late = position + own[key] >= plan.capacity
+    return flat.masked_fill(late, size_E).view_as(chosen_Nk)
 
 
 def attach_experts(

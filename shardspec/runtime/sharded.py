@@ -189,7 +189,7 @@ class Sharded:
     def activate(self, plan: Plan) -> None:
         """Have the hooks follow a plan."""
         self.wiring.points, self.wiring.experts = plan.points, plan.experts
-        self.wiring.tokens.clear()
+        self.wiring.routed.clear()
         self.wiring.substitutions = plan.local_calls
         for name, whole in self.sequenced.items():
             key = (name, plan.balanced)

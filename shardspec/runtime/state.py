@@ -272,7 +272,8 @@ class Metric(Tensor):
         return float(self.item())
 
     def tolist(self) -> Any:
-        return self.item()
+        self.finite.check()  # pyright: ignore[reportAttributeAccessIssue]
+        return super().tolist()
 
     def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         return repr(self.as_subclass(Tensor))

@@ -20,6 +20,7 @@ from shardspec.runtime.failure import explain
 from shardspec.runtime.parts import PartsOnly, are_split
 from shardspec.runtime.pipeline import Flight, StagedModel
 from shardspec.runtime.rank_major import state_view
+from shardspec.runtime.routing import routed_here, routing_metrics
 from shardspec.runtime.sharded import Batch, LossFn, Sharded
 from shardspec.runtime.state import Finite, Metric, OptState, Store, TrainState, copy_tree, next_rng
 from shardspec.torch_private import foreach_copy_, foreach_norm
@@ -33,6 +34,8 @@ class Sums:
 
     loss: Any = None
     weight: Any = None
+    routed: Tensor | None = None
+    """[modules, experts + 1]: what was asked of each expert, and dropped; of all ranks once they are summed."""
 
     def add(self, loss: Any, weight: Any) -> None:
         """Add a microbatch's."""
@@ -87,12 +90,14 @@ def run(sharded: Sharded, plan: Plan, batch: Batch, loss_fn: LossFn, *, rng: int
             whole_backward=bool(policy.remat or policy.compile),
             dtype=policy.param_dtype,
         ).run()
+        sums.routed = routed_here(sharded.wiring, plan.experts, sharded.fabric)
         return sums
     for index, named in enumerate(arguments):
         begin(index)
         loss = finish(sharded.module(**named), index)
         if backward:
             loss.backward()
+    sums.routed = routed_here(sharded.wiring, plan.experts, sharded.fabric)
     return sums
 
 
@@ -165,7 +170,8 @@ def squared_norm(sharded: Sharded, params: Mapping[str, ParamPlan], grads: Mappi
 def reduce_scalars(
     sharded: Sharded, loss: LossPlan, sums: Sums, square: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss's sum, its weight and the squared norm over all ranks, in one all-reduce of three numbers."""
+    """The loss's sum, its weight and the squared norm over all ranks, in one all-reduce; with them goes what `sums`
+    tells of experts."""
     device = sharded.fabric.device
     total, weight = _scalar(sums.loss, device), _scalar(sums.weight, device)
     square = sharded.fabric.zero() if square is None else square
@@ -173,8 +179,12 @@ def reduce_scalars(
         return total, weight, square
     shares = [total / _copies(sharded, loss.sum_axes), weight / _copies(sharded, loss.weight_axes), square]
     packed = torch.stack(shares)
+    if sums.routed is not None:
+        packed = torch.cat((packed, sums.routed.flatten()))
     dist.all_reduce(packed, group=sharded.fabric.group(sharded.mesh.axes))
-    total, weight, square = packed.unbind()
+    if sums.routed is not None:
+        sums.routed = packed[3:].view_as(sums.routed)
+    total, weight, square = packed[:3].unbind()
     return total, weight, square
 
 
@@ -206,7 +216,7 @@ def train_step(
 
     `loss_fn(output, batch) -> (sum, weight)`, scalars over this rank's part; the loss is the quotient of their
     sums over ranks and microbatches. `batch` is this rank's part. Metrics are 0-dim tensors, equal on every rank:
-    loss, weight, grad_norm (before clipping), lr.
+    loss, weight, grad_norm (before clipping), lr; and of experts what `routing_metrics` tells.
 
     Args:
         clip: the largest norm of all gradients together.
@@ -242,7 +252,8 @@ def train_step(
         finite = Finite(state.step + 1, (~torch.isfinite(loss + norm)).to(torch.float32))
         new = updated(state, grads, left, scale, finite, donate=donate, by="train_step")
         sharded.local.clear_gradients()
-        return new, metrics_of(new, finite, loss=loss, weight=weight, grad_norm=norm)
+        told = routing_metrics(sums.routed, plan.experts)
+        return new, metrics_of(new, finite, loss=loss, weight=weight, grad_norm=norm, **told)
 
     return step
 
@@ -390,7 +401,8 @@ def value_and_grad(sharded: Sharded, loss_fn: LossFn) -> Callable[..., Any]:
         sharded.local.clear_gradients()
         scaled = {name: state_view(grad / weight.to(grad), sharded.specs[name]) for name, grad in grads.items()}
         loss = total / weight
-        return (loss, {"loss": loss, "weight": weight}), scaled
+        told = routing_metrics(sums.routed, plan.experts)
+        return (loss, {"loss": loss, "weight": weight, **told}), scaled
 
     return grad_fn
 

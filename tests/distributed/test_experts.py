@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import attrs
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from tests.distributed import test_pipeline
 from tests.distributed.harness import CollectiveLog, run_ranks
 from tests.distributed.parity import TOLERANCE, Case, Family, loss_fn, plain_loss, run_cases
 from tests.distributed.test_collectives import Calls, ranks_of
-from tests.mixture import PLAIN_RULES, RULES, Config, Mixture, Plain, make_batch
+from tests.mixture import PLAIN_RULES, RULES, SEQUENCE_RULES, Config, Mixture, Plain, make_batch
 
 
 def family(name: str, rules=RULES, **options) -> Family:
@@ -24,6 +25,15 @@ def family(name: str, rules=RULES, **options) -> Family:
     )
 
 
+def tight_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The plain loss where an expert takes no more than its even share of the assignments: 16 * 8 * 2 / 4."""
+    for layer in model.layers:
+        layer.moe.capacity = 64
+    return plain_loss(model, batch)
+
+
+TIGHT = attrs.evolve(family("tight", RULES.override(capacity=1.0)), plain_loss=tight_loss)
+TIGHT_RUNS = attrs.evolve(TIGHT, name="tight-runs", rules={True: SEQUENCE_RULES.override(capacity=1.0)})
 LOOPED = family("looped")
 PLAIN = family("plain", PLAIN_RULES, kind=Plain)
 
@@ -42,6 +52,12 @@ CASES = [
     Case("ep=2,tp=2", family=PLAIN),
     Case("ep=2,dp=2", family=LOOPED),
     Case("ep=4", family=LOOPED),
+    Case("", family=TIGHT),
+    Case("ep=2", family=TIGHT, remat=True),
+    Case("fsdp=2", family=TIGHT),
+    Case("ep=2,dp=2", family=TIGHT),
+    Case("ep=2,tp=2", family=TIGHT),
+    Case("ep=2,fsdp=2", family=TIGHT_RUNS),
 ]
 
 
@@ -79,6 +95,7 @@ def compare_step(rank: int, world: int, case: Case) -> tuple[Calls, Calls, Calls
         Case("ep=2,fsdp=2", family=LOOPED, remat=True, accumulate=2),
         Case("ep=2,tp=2", family=PLAIN),
         Case("ep=2,dp=2", family=LOOPED),
+        Case("ep=2,tp=2", family=attrs.evolve(LOOPED, rules={True: RULES.override(capacity=9.0)}), remat=True),
     ],
     ids=str,
 )
@@ -106,3 +123,38 @@ PIPELINED = [
 def test_experts_on_stages_train_as_the_plain_program_does():
     for found in run_ranks(4, lambda rank, world: [test_pipeline.run_case(case) for case in PIPELINED])[0]:
         assert max(found.values()) <= TOLERANCE, found
+
+
+def told(rank: int, world: int, mesh: ss.Mesh, capacity: float) -> dict[str, torch.Tensor]:
+    """The metrics of experts in a step of two microbatches."""
+    torch.set_default_dtype(torch.float64)
+    rules = RULES.override(capacity=capacity)
+    make = lambda: Mixture(Config())  # noqa: E731
+    sharded = ss.shard(make, rules, mesh, make_batch(), policy=ss.Policy(accumulate=2))
+    _, metrics = ss.train_step(sharded, loss_fn)(sharded.init(ss.sgd(lr=1.0)), sharded.local_batch(make_batch()))
+    return {name: torch.tensor(value.tolist()) for name, value in metrics.items() if name.startswith("experts/")}
+
+
+def asked_in_first_layer(rank: int, world: int) -> torch.Tensor:
+    """How many assignments ask for each expert of the first layer of the plain model, with the same weights."""
+    torch.set_default_dtype(torch.float64)
+    sharded = ss.shard(lambda: Mixture(Config()), RULES, ss.Mesh(), make_batch())
+    model, chosen = Mixture(Config()), []
+    model.load_state_dict(sharded.state_dict(sharded.init(ss.sgd(lr=1.0))))
+    model.layers[0].moe.experts.register_forward_pre_hook(lambda module, args: chosen.append(args[1]))
+    model(make_batch()["tokens"])
+    return torch.bincount(chosen[0].flatten(), minlength=4).double()
+
+
+def test_a_step_tells_every_rank_how_many_tokens_asked_for_each_expert_and_how_many_were_dropped():
+    alone = run_ranks(1, told, ss.Mesh(), 0.75)[0]
+    tokens, (most, _) = alone["experts/tokens"], alone["experts/tokens"].max(1)
+    assert tokens.sum(1).tolist() == [16 * 8 * 2, 16 * 8 * 2]
+    assert torch.equal(tokens[0], run_ranks(1, asked_in_first_layer)[0])
+    assert float(alone["experts/imbalance"]) == pytest.approx(float(most.max()) / 64)
+    # An expert takes 0.75 * 32 = 24 of a microbatch's 128: 96 of 256 are taken at most.
+    assert 2 * (256 - 192) <= float(alone["experts/dropped"]) < 2 * 256
+    for mesh in (ss.Mesh(ep=2, tp=2), ss.Mesh(pp=2, ep=2)):
+        for found in run_ranks(4, told, mesh, 0.75):
+            assert found.keys() == alone.keys()
+            assert all(torch.equal(found[name], alone[name]) for name in alone), (mesh, found, alone)
