@@ -14,7 +14,7 @@ import torch
 from attrs import frozen
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from shardspec.program import BlockCall, Graph, Node, Program, Value, substitute
+from shardspec.program import BlockCall, ExpertsCall, Graph, Node, Program, Value, substitute
 from shardspec.torch_private import OpOverload
 
 aten = torch.ops.aten
@@ -114,6 +114,9 @@ def operations(node: Node, graph: Graph) -> int:
         return 0
     size = sum(math.prod(graph.values[index].shape) for index in node.outputs if index is not None)
     func = node.func
+    if isinstance(func, ExpertsCall):
+        _, _, ids, *stacked = (graph.values[ref.index].shape for ref in node.operands)
+        return 2 * math.prod(ids) * sum(math.prod(shape[1:]) for shape in stacked)
     if not isinstance(func, OpOverload):
         return size
     packet = func.overloadpacket

@@ -17,7 +17,7 @@ from shardspec.constraints import Constraint
 from shardspec.context import attention_collectives
 from shardspec.diagnostics import Diagnostic, ShardingError
 from shardspec.dryrun import Difference, dry_run
-from shardspec.exchange import experts_collectives, lower_experts, routing_size
+from shardspec.exchange import calls_that_differ, experts_collectives, lower_experts, routing_size
 from shardspec.explain import attribute_edits, explain_differences
 from shardspec.fixes import Attempt
 from shardspec.hazards import hazards
@@ -358,7 +358,11 @@ def prove(
     units, _ = resolve_units(rules, names)
     owed, found = lowering.owed_axes(typed, names)
     params = lowering.lower_params(typed.claims.of, names, lambda first: owed.get(first, ()), units, typed.mesh)
-    found += [*lowering.check_storage(params, owed, typed.claims), *hazards(typed, params, units)]
+    found += [
+        *lowering.check_storage(params, owed, typed.claims),
+        *hazards(typed, params, units),
+        *calls_that_differ(typed),
+    ]
     loss, wrong = lowering.lower_loss(typed) if has_loss else (None, [])
     return loss, [*found, *wrong]
 

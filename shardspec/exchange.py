@@ -3,15 +3,14 @@
 from collections.abc import Iterator, Mapping
 from math import ceil, prod
 
+from shardspec.diagnostics import Diagnostic
 from shardspec.infer import TypedGraph, absolute
 from shardspec.layout import local_size
-from shardspec.lower import calls, in_order, run_again
+from shardspec.lower import calls, distinct_calls, in_order, run_again
 from shardspec.mesh import Mesh, degree
+from shardspec.names import fold
 from shardspec.plan import Collective, ExpertsPlan
 from shardspec.stages import TypedProgram
-
-EXPECTED = "expected: rows chosen evenly"
-"""Of a message whose length hangs on what the router chooses."""
 
 
 def lower_experts(typed: TypedProgram) -> dict[str, ExpertsPlan]:
@@ -25,6 +24,33 @@ def lower_experts(typed: TypedProgram) -> dict[str, ExpertsPlan]:
             if plan.name not in found or completed is not None:
                 found[plan.name] = plan
     return found
+
+
+def calls_that_differ(typed: TypedProgram) -> Iterator[Diagnostic]:
+    """SS317 for an experts module that is called more than once, and would have to run otherwise each time."""
+    first: dict[tuple[str, bool], ExpertsPlan] = {}
+    for fqn, graph, back in distinct_calls(typed):
+        for position in graph.bodies:
+            node = graph.graph.nodes[position]
+            name = absolute(fqn, node.func.fqn)
+            completed = back.completed.get(position) if back is not None else None
+            plan = experts_plan(graph, position, name, completed, typed.claims.table.rules.capacity)
+            known = first.setdefault((name, completed is not None), plan)
+            other = first.get((name, completed is None), known)
+            if runs_alike(known) != runs_alike(plan) or runs_alike(other)[2:] != runs_alike(plan)[2:]:
+                yield Diagnostic(
+                    code="SS317",
+                    what=f"{fold(name)} is called more than once, and would have to run otherwise each time",
+                    why=f"once for choices {known.tokens}, and once for choices {plan.tokens}",
+                    locations=(node.location,),
+                    advice=("call it once with all rows, or each time with rows that are laid out alike",),
+                )
+
+
+def runs_alike(plan: ExpertsPlan) -> tuple[object, ...]:
+    """What is equal for calls that one plan serves: what is completed backward, and what is done forward."""
+    counted = plan.tokens if plan.capacity else None
+    return plan.hidden_axes, plan.weights_axes, plan.exchanged, in_order(plan.tokens.sharded), plan.capacity, counted
 
 
 def experts_plan(
@@ -90,9 +116,8 @@ def experts_collectives(typed: TypedProgram, again: tuple[str, ...]) -> Iterator
                         [("backward", "gradients of weights, back", shares, True)] if completed[1] is not None else []
                     )
             for phase, what, size, expected in sent:
-                why = f"{what} ({EXPECTED})" if expected else what
                 yield Collective(
-                    kind="all_to_all", axes=("ep",), where=name, phase=phase, count=1, bytes=size, why=why,
+                    kind="all_to_all", axes=("ep",), where=name, phase=phase, count=1, bytes=size, why=what,
                     expected=expected,
                 )  # fmt: skip
             yield from _completions(plan, name, tokens * plan.features * hidden, shares, alike=hidden == weights)

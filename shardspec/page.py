@@ -13,6 +13,7 @@ from shardspec.summary import (
     by_block,
     collective_rows,
     facts,
+    length_text,
     mesh_text,
     param_rows,
     place_of,
@@ -142,7 +143,7 @@ def _collectives(plan: Plan) -> str:
             Cell(_code(",".join(row.axes))),
             Cell(_code(place_of(row))),
             _number(str(row.count)),
-            _number(size_text(row.bytes)),
+            _number(length_text(row)),
             _number(size_text(row.total_bytes)),
             Cell(_rule(row.why)),
         )

@@ -15,6 +15,7 @@ from shardspec.summary import (
     by_block,
     collective_rows,
     facts,
+    length_text,
     mesh_text,
     param_rows,
     place_of,
@@ -158,7 +159,7 @@ def _collectives(plan: Plan) -> Table:
     table = new_table("collectives of a step", "phase", "kind", "axes", "where", "count>", "each>", "for")
     for row in collective_rows(plan):
         place = (row.phase, row.kind, ",".join(row.axes), Text(place_of(row)))
-        table.add_row(*place, str(row.count), size_text(row.bytes), Text(cut(row.why)))
+        table.add_row(*place, str(row.count), length_text(row), Text(cut(row.why)))
     return table
 
 

@@ -163,6 +163,11 @@ def place_of(row: Collective) -> str:
     return row.where if row.stage is None or row.kind == "send_recv" else f"{row.where} (stage {row.stage})"
 
 
+def length_text(row: Collective) -> str:
+    """How long one message is; of one whose length hangs on a router, what is expected."""
+    return size_text(row.bytes) + (" expected" if row.expected else "")
+
+
 def volumes(plan: Plan) -> dict[str, dict[str, int]]:
     """Axes -> phase -> the bytes of the messages of a step; axes that go together are one entry, as "dp,fsdp"."""
     found: dict[str, dict[str, int]] = {}
