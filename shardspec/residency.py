@@ -13,6 +13,7 @@ from attrs import define, evolve, field
 from shardspec.amounts import NOTHING, Amount, Usage, as_kind, fullest, part, plus, rows_of, stored, times
 from shardspec.constraints import Constraint, satisfying
 from shardspec.cotangent import Backward, differentiable
+from shardspec.expectation import expected
 from shardspec.footprint import KEPT, PASSING, Halves, Record
 from shardspec.infer import TypedGraph, absolute
 from shardspec.layout import Sizes
@@ -90,11 +91,22 @@ class Walk:
                 continue
             if node.op == "point":
                 record = self._point(run, position, back, wants)
+            elif node.op == "experts":
+                record = self._experts(run, position, wants)
             else:
                 record = run.operator(position, wants)
                 record = self._cast(run, node, record, fqn) if self.setting.casts else record
             records.append(self._halves(run, position, record, live) if self.halved else record)
         return records
+
+    def _experts(self, run: LocalRun, position: int, wants: tuple[bool, ...]) -> Record:
+        body = LocalRun(run.typed.bodies[position], self.setting.sizes, self.setting.dtype_of)
+        moving = differentiable(body.typed, wants[:2])
+        records = [
+            body.operator(at, tuple(node.grad and ref.index in moving for ref in node.operands))
+            for at, node in enumerate(body.typed.graph.nodes)
+        ]
+        return expected(run, position, body, records, wants)
 
     def _cast(self, run: LocalRun, node: Node, record: Record, fqn: str) -> Record:
         """The same where the parameters that it reads are cast for it, and their gradients back."""

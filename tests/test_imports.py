@@ -35,7 +35,7 @@ LAYERS = (
     "exchange hazards batch context typecheck footprint pipelining staging",
     "contextrun",
     "localrun",
-    "moments",
+    "moments expectation",
     "excerpt residency",
     "inflight",
     "compiler",

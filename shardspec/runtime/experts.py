@@ -270,14 +270,18 @@ def attach_experts(
     plans: Mapping[str, ExpertsPlan],
     done: set[tuple[str, str]],
     foreign: AbstractSet[str] = frozenset(),
+    *,
+    compiled: bool = False,
 ) -> None:
     """Have each experts module of a plan run so; `done` is not done again.
 
     Args:
         foreign: the modules that do not run here.
+        compiled: torch.compile compiles units: an exchange breaks their graphs, and its rows are never as many again.
     """
+    run = torch.compiler.disable(run_experts) if compiled else run_experts
     for fqn in plans:
         if fqn not in foreign and (fqn, "experts") not in done:
             module = model.get_submodule(fqn)
-            wrap_forward(module, functools.partial(run_experts, wiring, fqn, module))
+            wrap_forward(module, functools.partial(run, wiring, fqn, module))
             done.add((fqn, "experts"))

@@ -171,15 +171,16 @@ class Sharded:
 
     def _hook(self, plan: Plan) -> None:
         self.fabric.reserve(families_of(plan))
+        compiled = bool(self.policy.compile)
         if isinstance(self.local, StagedModel):
             for index, stage in self.local.stages.items():
                 done, foreign = self._hooked.setdefault(index, set()), self.local.foreign[index]
                 attach(stage.local.module, self.wiring, plan.points, plan.substitutions, done, foreign)
-                attach_experts(stage.local.module, self.wiring, plan.experts, done, foreign)
+                attach_experts(stage.local.module, self.wiring, plan.experts, done, foreign, compiled=compiled)
             return
         done = self._hooked.setdefault(0, set())
         attach(self.module, self.wiring, plan.points, plan.substitutions, done)
-        attach_experts(self.module, self.wiring, plan.experts, done)
+        attach_experts(self.module, self.wiring, plan.experts, done, compiled=compiled)
         for unit in self.units:
             if unit.modules and unit.name == plan.last_unit:
                 child = self.module.get_submodule(unit.modules[0])
