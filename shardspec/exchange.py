@@ -98,39 +98,63 @@ def experts_collectives(typed: TypedProgram, again: tuple[str, ...]) -> Iterator
             hidden, weights = (values[node.args[at].index].dtype.itemsize for at in (0, 1))
             tokens, choices = plan.tokens.shape
             rows, shares = tokens * choices * plan.features * hidden, tokens * choices * weights
-            there = [("counts", plan.count * 8, False), ("rows", rows, False), ("weights", shares, False)]
+            again_there, again_back = f"{name}:exchange" in twice, f"{name}:return" in twice
             if plan.capacity:
-                there = [(what, size, True) if what != "counts" else (what, size, False) for what, size, _ in there]
-                times = 2 if f"{name}:exchange" in twice else 1
-                yield from _asked(plan, name, typed.mesh, times)
-            sent: list[tuple[str, str, int, bool]] = []
-            if plan.exchanged:
-                sent += [("forward", *message) for message in there]
-                sent.append(("forward", "rows, back", rows, True))
-                sent += [("backward", *message) for message in there if f"{name}:exchange" in twice]
-                sent += [("backward", "rows, back", rows, True)] if f"{name}:return" in twice else []
-                if completed is not None:
-                    sent.append(("backward", "gradients of rows", rows, bool(plan.capacity)))
-                    sent += [("backward", "gradients of rows, back", rows, True)] if completed[0] is not None else []
-                    sent += (
-                        [("backward", "gradients of weights, back", shares, True)] if completed[1] is not None else []
-                    )
-            for phase, what, size, expected in sent:
+                yield from _asked(plan, name, typed.mesh, twice=again_there)
+            messages = _messages(plan, rows, shares, completed, again_there=again_there, again_back=again_back)
+            for phase, what, size, expected in messages if plan.exchanged else ():
                 yield Collective(
-                    kind="all_to_all", axes=("ep",), where=name, phase=phase, count=1, bytes=size, why=what,
+                    kind="all_to_all",
+                    axes=("ep",),
+                    where=name,
+                    phase=phase,
+                    count=1,
+                    bytes=size,
+                    why=what,
                     expected=expected,
-                )  # fmt: skip
+                )
             yield from _completions(plan, name, tokens * plan.features * hidden, shares, alike=hidden == weights)
 
 
-def _asked(plan: ExpertsPlan, name: str, mesh: Mesh, times: int) -> Iterator[Collective]:
+def _messages(
+    plan: ExpertsPlan,
+    rows: int,
+    shares: int,
+    completed: tuple[frozenset[str] | None, ...] | None,
+    *,
+    again_there: bool,
+    again_back: bool,
+) -> Iterator[tuple[str, str, int, bool]]:
+    """Phase, what for, bytes and whether they are an expectation, of each message of one exchange.
+
+    Args:
+        rows: bytes of the rows that a rank sends of its own tokens; `shares`, of their weights.
+        again_there: the way there is run again in backward; `again_back`, the way back.
+    """
+    some = plan.capacity > 0
+    for phase in ("forward", "backward") if again_there else ("forward",):
+        yield phase, "counts", plan.count * 8, False
+        yield phase, "rows", rows, some
+        yield phase, "weights", shares, some
+    for phase in ("forward", "backward") if again_back else ("forward",):
+        yield phase, "rows, back", rows, True
+    if completed is None:
+        return
+    yield "backward", "gradients of rows", rows, some
+    for over, what, size in zip(completed, ("rows", "weights"), (rows, shares), strict=True):
+        if over is not None:
+            yield "backward", f"gradients of {what}, back", size, True
+
+
+def _asked(plan: ExpertsPlan, name: str, mesh: Mesh, *, twice: bool) -> Iterator[Collective]:
     """What tells each rank how many assignments come before its own, where an expert takes some only."""
     axes = in_order(plan.tokens.sharded)
     digits = plan.tokens.dims[0]
     last = max((i for i, digit in enumerate(digits) if isinstance(digit, str)), default=-1)
     runs = plan.tokens.shape[0] // local_size(digits[last + 1 :])
     size = degree(mesh, axes) * runs * plan.count * 8
-    for phase in ("forward", "backward")[:times] if axes else ():
+    phases = ("forward", "backward") if twice else ("forward",)
+    for phase in phases if axes else ():
         yield Collective(
             kind="all_gather", axes=axes, where=name, phase=phase, count=1, bytes=size, why="tokens before its own"
         )

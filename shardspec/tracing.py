@@ -207,7 +207,8 @@ class Tracer(TorchDispatchMode):
         if isinstance(data, torch.Tensor) and torch.Tag.dynamic_output_shape in func.tags:
             out = torch.empty_like(data, device="meta")
         else:
-            out = META.get(func, func)(*arguments, **{key: _on_meta(value) for key, value in called.items()})
+            run: Callable[..., Any] = META.get(func) or func
+            out = run(*arguments, **{key: _on_meta(value) for key, value in called.items()})
         return self.append(func, _operator_name(func), args, kwargs, out, data)
 
     def _by_number(self, func: Any, args: Any) -> Any:
