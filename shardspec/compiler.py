@@ -394,7 +394,7 @@ def assemble(
     dtype_of = lowering.compute_dtypes(params, policy)
     points = [
         *lowering.point_collectives(typed, again, dtype_of),
-        *experts_collectives(typed, again),
+        *experts_collectives(typed, again, dtype_of),
         *lowering.substitution_collectives(typed, dtype_of),
         *attention_collectives(typed, again, dtype_of),
     ]

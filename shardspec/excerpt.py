@@ -43,6 +43,7 @@ def excerpt(typed: TypedProgram, pipeline: PipelinePlan, stage: int) -> tuple[Ty
         lowering={new[at]: item for at, item in whole.lowering.items() if at in new},
         transitions={new[at]: item for at, item in whole.transitions.items() if at in new},
         calls={new[at]: item for at, item in whole.calls.items() if at in new},
+        bodies={new[at]: item for at, item in whole.bodies.items() if at in new},
         live={},
     )
     moves = {new[at]: item for at, item in back.moves.items() if at in new}

@@ -1,7 +1,9 @@
 """What the calls of experts modules come to on a rank: a plan for each, and the messages of its exchange."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import ceil, prod
+
+import torch
 
 from shardspec.diagnostics import Diagnostic
 from shardspec.infer import TypedGraph, absolute
@@ -82,11 +84,16 @@ def experts_plan(
     )
 
 
-def experts_collectives(typed: TypedProgram, again: tuple[str, ...]) -> Iterator[Collective]:
+def experts_collectives(
+    typed: TypedProgram, again: tuple[str, ...], dtype_of: Callable[[torch.dtype], torch.dtype]
+) -> Iterator[Collective]:
     """The messages of each exchange, forward and backward; those inside `again` run once more in backward.
 
     What a rank sends of its own tokens is exact. What it sends back, of the rows that chose its experts, is as long
     where they are chosen evenly, and over all ranks together in any case.
+
+    Args:
+        dtype_of: the dtype that a value has in compute, by the one that it was recorded with.
     """
     twice = run_again(typed, again)
     for fqn, graph, back in calls(typed.forward, typed.backward, ""):
@@ -95,7 +102,7 @@ def experts_collectives(typed: TypedProgram, again: tuple[str, ...]) -> Iterator
             name = absolute(fqn, node.func.fqn)
             completed = back.completed.get(position) if back is not None else None
             plan = experts_plan(graph, position, name, completed, typed.claims.table.rules.capacity)
-            hidden, weights = (values[node.args[at].index].dtype.itemsize for at in (0, 1))
+            hidden, weights = (dtype_of(values[node.args[at].index].dtype).itemsize for at in (0, 1))
             tokens, choices = plan.tokens.shape
             rows, shares = tokens * choices * plan.features * hidden, tokens * choices * weights
             again_there, again_back = f"{name}:exchange" in twice, f"{name}:return" in twice

@@ -65,7 +65,8 @@ class Walk:
             return evolve(record, halves=Halves())
         if node.op == "point":
             return evolve(record, halves=Halves(backward=record.backward, grads=record.grads))
-        inputs = run.operator(position, wants)
+        record_of = self._experts if node.op == "experts" else LocalRun.operator
+        inputs = record_of(run, position, wants)
         rest = tuple(node.grad and ref.index in every and ref.index not in moving for ref in node.operands)
         joins = any(rest)
         return evolve(
@@ -74,7 +75,7 @@ class Walk:
                 backward=inputs.backward,
                 grads=inputs.grads,
                 held_outputs=frozenset(at for at, index in enumerate(node.outputs) if joins and index in moving),
-                weights=run.operator(position, rest).backward if joins else NONE,
+                weights=record_of(run, position, rest).backward if joins else NONE,
             ),
         )
 
