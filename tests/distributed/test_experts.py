@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import shardspec as ss
+from benchmarks.measure import own_bytes
 from tests.distributed import test_pipeline
 from tests.distributed.harness import CollectiveLog, run_ranks
 from tests.distributed.parity import TOLERANCE, Case, Family, loss_fn, plain_loss, run_cases
@@ -158,3 +159,30 @@ def test_a_step_tells_every_rank_how_many_tokens_asked_for_each_expert_and_how_m
         for found in run_ranks(4, told, mesh, 0.75):
             assert found.keys() == alone.keys()
             assert all(torch.equal(found[name], alone[name]) for name in alone), (mesh, found, alone)
+
+
+def held(rank: int, world: int, mesh: ss.Mesh, batch: dict[str, torch.Tensor]) -> tuple[int, int, int, int]:
+    """Bytes of this rank's parameters and what a step adds at most, each measured and as the plan has it."""
+    torch.set_num_threads(1)
+    config = Config(n_experts=8, dim=64, ffn_dim=128)
+    sharded = ss.shard(lambda: Mixture(config), RULES, mesh, batch)
+    state, part = sharded.init(ss.adamw(lr=1e-3)), sharded.local_batch(batch)
+    own = sum(local.untyped_storage().nbytes() for local in state.live().params.locals.values())
+    step = ss.train_step(sharded, loss_fn)
+
+    def again() -> None:
+        nonlocal state
+        state, _ = step(state, part)
+
+    again()
+    at = sharded.program(part, loss_fn).memory("adamw").at(mesh)
+    return own, own_bytes(again, 2), at.kinds["parameters"], at.total - at.resident
+
+
+def test_memory_counts_the_weights_of_experts_exactly_and_activations_as_for_tokens_that_choose_evenly():
+    generator = torch.Generator().manual_seed(1)
+    batch = {name: torch.randint(0, 40, (16, 32), generator=generator) for name in ("tokens", "labels")}
+    found = run_ranks(2, held, ss.Mesh(ep=2), batch)
+    assert [own for own, _, _, _ in found] == [planned for _, _, planned, _ in found]
+    measured, expected = (sum(each[at] for each in found) for at in (1, 3))
+    assert 0.8 < expected / measured < 1.3
