@@ -239,6 +239,9 @@ def check_storage(rule: Rule, spec: Spec) -> Iterator[Diagnostic]:
             what="storage axes on two dims of one parameter",
             why=f"{' and '.join(map(str, stored))}: a parameter is stored in slices along one dim",
             locations=(rule.location,),
+            advice=("where dim 0 is of experts, name their module in experts=: ep then says which rank has which",)
+            if stored[0] is spec.dims[0] and stored[0].all_axes[0] == "ep"
+            else (),
         )
     for dim in stored:
         axes = dim.all_axes
