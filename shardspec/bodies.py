@@ -38,6 +38,8 @@ def record_body(
     weights: Value,
     shapes: Mapping[str, tuple[int, ...]],
     attributes: Mapping[str, int],
+    times: int = 1,
+    choices: int = 1,
 ) -> Graph:
     """The graph of one call: its inputs are the rows [R, D] and their weights [R, 1], its output is [R, D].
 
@@ -49,13 +51,15 @@ def record_body(
         hidden: what enters the module on the whole, and the weights beside it.
         shapes: name of a parameter -> its shape on a rank.
         attributes: what the module's attributes are there.
+        times: how often the rows are repeated.
+        choices: of each row, one or two.
 
     Raises:
         Refusal: SS332 where it does not run so, or its result is no [R, D] of the rows' dtype.
     """
 
     def run(attributes: Mapping[str, int]) -> Graph:
-        return _record(module, originals, fqn, hidden, weights, shapes, attributes)
+        return _record(module, originals, fqn, hidden, weights, shapes, attributes, times, choices)
 
     try:
         return run(attributes)
@@ -111,6 +115,8 @@ def _record(
     weights: Value,
     shapes: Mapping[str, tuple[int, ...]],
     attributes: Mapping[str, int],
+    times: int = 1,
+    choices: int = 1,
 ) -> Graph:
     graph = Graph()
     tracer = BodyTracer(graph, module, originals)
@@ -125,10 +131,10 @@ def _record(
     for name, value in attributes.items():
         setattr(own, name, value)
     with no_torch_function(), no_torch_dispatch():
-        rows = torch.empty((ROWS, hidden.shape[1]), dtype=hidden.dtype, device="meta")
-        shares = torch.empty((ROWS, 1), dtype=weights.dtype, device="meta")
+        rows = torch.empty((times * ROWS, hidden.shape[1]), dtype=hidden.dtype, device="meta")
+        shares = torch.empty((times * ROWS, choices), dtype=weights.dtype, device="meta")
         last = min(shape[0] for shape in shapes.values()) - 1 if shapes else 0
-        ids = torch.tensor([[0], [last], [0]])
+        ids = torch.tensor([[0, last], [last, 0], [0, last]] * times)[:, :choices]
     for tensor, of in ((rows, hidden), (shares, weights)):
         value = Value(tuple(tensor.shape), tensor.dtype, "", "formal", of.requires_grad)
         graph.inputs.append(tracer.enter(tensor, value))
@@ -138,7 +144,7 @@ def _record(
         if not (isinstance(out, torch.Tensor) and out.shape == rows.shape and out.dtype == rows.dtype):
             told = ", ".join(f"{list(item.shape)} {str(item.dtype).removeprefix('torch.')}" for item in made)
             raise refuse(
-                f"the experts module {fqn} gives {told or 'no tensor'} for rows [{ROWS}, {hidden.shape[1]}] "
+                f"the experts module {fqn} gives {told or 'no tensor'} for rows [{len(rows)}, {hidden.shape[1]}] "
                 f"{str(hidden.dtype).removeprefix('torch.')}",
                 PROTOCOL,
             )

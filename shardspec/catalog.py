@@ -527,7 +527,8 @@ Such a module has `forward(hidden [N, D], topk_ids [N, k], topk_weights [N, k]) 
 stacked over experts on dim 0. On a mesh a rank's module holds some of the experts, is called with the rows that
 chose one of them (k=1, ids from 0), and its results go back. Its forward is typed so, on a few rows.
 Here it is called otherwise, gives something else, or cannot run on a rank's experts, as where it counts them by an
-attribute that `attributes=` does not tell. Rows are split over ep where the experts are; and over tp only where no
+attribute that `attributes=` does not tell; or it computes with the number of an expert, of all experts, of rows or of
+choices, which a rank has others of. Rows are split over ep where the experts are; and over tp only where no
 weight is: a rank of tp would compute its features for its own rows alone.""",
         wrong='experts=r"layers\\.\\d+\\.moe"                # forward(x)',
         right='experts=r"layers\\.\\d+\\.moe\\.experts"      # forward(x, ids, weights)',

@@ -13,6 +13,7 @@ from shardspec.kin import Kin
 from shardspec.layout import Layout, Sizes, dim_axes, replicated
 from shardspec.moves import Move, NoTransition, transition
 from shardspec.program import Block, BlockCall, Graph, Node, Program, Ref, tensors
+from shardspec.renumbering import check_numbers, check_rows
 from shardspec.rules.attention import ATTENTION, check_halves
 from shardspec.rules.experts import type_experts, with_result
 from shardspec.rules.match import fold
@@ -140,6 +141,8 @@ class Inference:
     """FQN of a module -> how attention that it calls reads a sequence split over cp."""
     balanced: bool = False
     """Whether cp lies head and tail."""
+    alike: set[int] = field(factory=set)
+    """The forwards of experts modules that are the same for an expert whatever its number and its rows."""
     issues: list[Issue] = field(factory=list)
     memo: dict[Any, tuple[TypedGraph, tuple[Type | None, ...]]] = field(factory=dict)
     stack: list[tuple[TypedGraph, int]] = field(factory=list)
@@ -308,6 +311,14 @@ class Inference:
         attributes = self.attributes(fqn, node.func.module, ("ep",))
         shapes = {name: layout.global_shape(self.sizes) for name, layout in layouts.items()}
         graph = node.func.record(hidden, weights, shapes, attributes)
+        names = node.func.names
+        whole = {name: typed.graph.values[ref.index].shape for name, ref in zip(names, node.operands[3:], strict=True)}
+        if id(graph) not in self.alike:
+            choices = min(2, weights.shape[1])
+            check_rows(fqn, graph, node.func.record(hidden, weights, shapes, attributes, times=2, choices=choices))
+            if whole != shapes:
+                check_numbers(fqn, graph, node.func.record(hidden, weights, whole, {}))
+            self.alike.add(id(graph))
         key = (id(graph), tuple(layouts.items()))
         if key not in self.bodies:
             inner = self.bodies[key] = TypedGraph(graph, fqn, [None] * len(graph.values))

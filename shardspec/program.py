@@ -5,7 +5,7 @@ called: their nodes live in a `Block`, whose inputs are the values that enter it
 """
 
 import linecache
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -124,8 +124,9 @@ class ExpertsCall:
     """The model's own, which is only read."""
     names: tuple[str, ...] = ()
     """Of the parameters, relative to the module."""
-    record: Callable[[Value, Value, Mapping[str, tuple[int, ...]], Mapping[str, int]], Graph] | None = None
-    """hidden, weights, shapes of parameters, values of attributes -> its forward on a few rows, as one rank runs it."""
+    record: Callable[..., Graph] | None = None
+    """hidden, weights, shapes of parameters, values of attributes, how often a few rows are repeated, how many choices
+    each has -> its forward on them, as one rank runs it."""
 
 
 @define(slots=True, eq=False)

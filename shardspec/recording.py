@@ -98,11 +98,18 @@ class Recorder(Tracer):
         known: dict[Any, Graph] = {}
 
         def record(
-            hidden: Value, weights: Value, shapes: Mapping[str, tuple[int, ...]], attributes: Mapping[str, int]
+            hidden: Value,
+            weights: Value,
+            shapes: Mapping[str, tuple[int, ...]],
+            attributes: Mapping[str, int],
+            times: int = 1,
+            choices: int = 1,
         ) -> Graph:
-            key = (tuple(shapes.items()), tuple(attributes.items()))
+            key = (tuple(shapes.items()), tuple(attributes.items()), times, choices)
             if key not in known:
-                known[key] = record_body(call.module, self.originals, fqn, hidden, weights, shapes, attributes)
+                known[key] = record_body(
+                    call.module, self.originals, fqn, hidden, weights, shapes, attributes, times, choices
+                )
             return known[key]
 
         return evolve(call, record=record)

@@ -206,6 +206,8 @@ class Tracer(TorchDispatchMode):
         arguments = [_on_meta(arg) for arg in args]
         if isinstance(data, torch.Tensor) and torch.Tag.dynamic_output_shape in func.tags:
             out = torch.empty_like(data, device="meta")
+        elif isinstance(data, tuple) and torch.Tag.dynamic_output_shape in func.tags:
+            out = tuple(torch.empty_like(each, device="meta") for each in data)
         else:
             run: Callable[..., Any] = META.get(func) or func
             out = run(*arguments, **{key: _on_meta(value) for key, value in called.items()})

@@ -208,6 +208,53 @@ def test_blocks_whose_experts_differ_in_a_number_are_typed_apart():
     assert "relu reads" in refusal(model, PLAIN_RULES, EP_TP)
 
 
+class Counting(Plain):
+    """Divides by how many experts there are."""
+
+    def forward(self, hidden_ND: Tensor, ids_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
+        return super().forward(hidden_ND, ids_Nk, weights_Nk) / self.w1.shape[0]
+
+
+class Numbered(Plain):
+    """Scales what an expert makes by its number."""
+
+    def forward(self, hidden_ND: Tensor, ids_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
+        out_ND = torch.zeros_like(hidden_ND)
+        for index in range(self.w1.shape[0]):
+            share_N1 = (weights_Nk * (ids_Nk == index)).sum(-1, keepdim=True) * (1 + index)
+            out_ND = out_ND + F.linear(F.gelu(F.linear(hidden_ND, self.w1[index])), self.w2[index]) * share_N1
+        return out_ND
+
+
+class OfAllRows(Plain):
+    """Takes the mean of all rows off each."""
+
+    def forward(self, hidden_ND: Tensor, ids_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
+        return super().forward(hidden_ND - hidden_ND.mean(0), ids_Nk, weights_Nk)
+
+
+class OfAllChoices(Plain):
+    """Divides by how many choices a token has."""
+
+    def forward(self, hidden_ND: Tensor, ids_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
+        return super().forward(hidden_ND, ids_Nk, weights_Nk) / ids_Nk.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (Counting, "div computes with 2 and 4"),
+        (Numbered, "mul computes with 2 and 4"),
+        (OfAllRows, "mean computes with 3 and 6"),
+        (OfAllChoices, "div computes with 1 and 2"),
+    ],
+)
+def test_an_expert_whose_number_rows_or_companions_matter_is_refused(kind: type[nn.Module], why: str):
+    told = refusal(mixture(kind=kind), PLAIN_RULES, EP)
+    assert "SS332" in told
+    assert why in told
+
+
 def test_a_plan_with_experts_is_read_back_from_a_file():
     plan = compiled(mixture(), RULES.override(capacity=1.5), EP_TP)
     again = ss.Plan.from_json(plan.to_json())

@@ -22,7 +22,7 @@ LAYERS = (
         "rules.random rules.reduction rules.scatter rules.spatial rules.view"
     ),
     "rules.match rules.fit rules.convolution rules.join",
-    "survey",
+    "survey renumbering",
     "kin",
     "tracing infer plan",
     "summary bodies",
