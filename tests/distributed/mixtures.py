@@ -99,6 +99,11 @@ class Case:
         """As few as there can be: a schedule with two stages a rank wants four."""
         return 4 if self.schedule != "1F1B" else 3 if self.family == "deepseek" else 2
 
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """A global batch; with the places of its tokens where the sequence is split."""
+        places = {"positions": torch.arange(SEQ)} if ss.Mesh.parse(self.mesh)["cp"] > 1 else {}
+        return {**make_batch(step), **places}
+
     def make(self) -> nn.Module:
         """A model of its own."""
         return self.mixture.make(self.layers)
@@ -109,7 +114,7 @@ class Case:
         mesh = ss.Mesh.parse(self.mesh)
         counted = {"microbatches": self.microbatches} if mesh["pp"] > 1 else {"accumulate": self.microbatches}
         policy = ss.Policy(remat=self.remat, schedule=self.schedule, **counted)
-        return ss.shard(self.make, self.mixture.rules[self.sp], mesh, make_batch(0), policy=policy)
+        return ss.shard(self.make, self.mixture.rules[self.sp], mesh, self.batch(0), policy=policy)
 
     @property
     def world(self) -> int:
@@ -236,12 +241,12 @@ def run_sharded(case: Case) -> Outcome:
         ROUTINGS[case.routing](initial)
         state = sharded.load(initial, ss.adamw(**OPTIMIZER))
     grad_fn = sharded.value_and_grad(mixture.loss_fn)
-    (loss, _), grads = grad_fn(state.params, sharded.local_batch(make_batch(0)), state.rng)
+    (loss, _), grads = grad_fn(state.params, sharded.local_batch(case.batch(0)), state.rng)
     whole = gathered(grads, case.world)
     step = ss.train_step(sharded, mixture.loss_fn, clip=CLIP, buffers=mixture.update)
     losses, norms = [], []
     for index in range(STEPS):
-        state, metrics = step(state, sharded.local_batch(make_batch(index)))
+        state, metrics = step(state, sharded.local_batch(case.batch(index)))
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
     params, buffers = gathered(state.params, case.world), gathered(state.buffers, case.world)

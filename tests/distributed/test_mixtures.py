@@ -30,6 +30,10 @@ COVERING = [
     Case("deepseek", "fsdp=2,pp=2", microbatches=2, schedule="Interleaved1F1B"),
     Case("mixtral", "tp=2,pp=2", microbatches=2, remat=True),
     Case("deepseek", "tp=2,pp=2", microbatches=2),
+    Case("mixtral", "ep=2,cp=2", microbatches=2),
+    Case("deepseek", "ep=2,cp=2", remat=True),
+    Case("deepseek", "cp=2,tp=2"),
+    Case("mixtral", "cp=2,pp=2", microbatches=2),
     Case("mixtral", "ep=4"),
     Case("deepseek", "ep=4", microbatches=2),
 ]
