@@ -7,10 +7,10 @@ import torch
 
 from shardspec.diagnostics import Diagnostic
 from shardspec.infer import TypedGraph, absolute
-from shardspec.layout import local_size
 from shardspec.lower import calls, distinct_calls, in_order, run_again
-from shardspec.mesh import Mesh, degree
+from shardspec.mesh import AXES, Mesh, degree
 from shardspec.names import fold
+from shardspec.placement import digits_index
 from shardspec.plan import Collective, ExpertsPlan
 from shardspec.stages import TypedProgram
 
@@ -22,7 +22,9 @@ def lower_experts(typed: TypedProgram) -> dict[str, ExpertsPlan]:
         for position in graph.bodies:
             completed = back.completed.get(position) if back is not None else None
             name = absolute(fqn, graph.graph.nodes[position].func.fqn)
-            plan = experts_plan(graph, position, name, completed, typed.claims.table.rules.capacity)
+            plan = experts_plan(
+                graph, position, name, completed, typed.claims.table.rules.capacity, typed.inference.balanced
+            )
             if plan.name not in found or completed is not None:
                 found[plan.name] = plan
     return found
@@ -36,7 +38,9 @@ def calls_that_differ(typed: TypedProgram) -> Iterator[Diagnostic]:
             node = graph.graph.nodes[position]
             name = absolute(fqn, node.func.fqn)
             completed = back.completed.get(position) if back is not None else None
-            plan = experts_plan(graph, position, name, completed, typed.claims.table.rules.capacity)
+            plan = experts_plan(
+                graph, position, name, completed, typed.claims.table.rules.capacity, typed.inference.balanced
+            )
             known = first.setdefault((name, completed is not None), plan)
             other = first.get((name, completed is None), known)
             if runs_alike(known) != runs_alike(plan) or runs_alike(other)[2:] != runs_alike(plan)[2:]:
@@ -61,6 +65,7 @@ def experts_plan(
     name: str,
     completed: tuple[frozenset[str] | None, ...] | None,
     capacity: float | None,
+    balanced: bool,
 ) -> ExpertsPlan:
     """The plan of one call.
 
@@ -77,6 +82,7 @@ def experts_plan(
         count=count,
         capacity=0 if capacity is None else max(1, ceil(capacity * prod(choices) / count)),
         tokens=ids.layout,
+        balanced=balanced,
         features=hidden.layout.shape[1],
         exchanged="ep" in stacked[0].layout.sharded,
         hidden_axes=axes[0],
@@ -101,7 +107,9 @@ def experts_collectives(
             node, values = graph.graph.nodes[position], graph.graph.values
             name = absolute(fqn, node.func.fqn)
             completed = back.completed.get(position) if back is not None else None
-            plan = experts_plan(graph, position, name, completed, typed.claims.table.rules.capacity)
+            plan = experts_plan(
+                graph, position, name, completed, typed.claims.table.rules.capacity, typed.inference.balanced
+            )
             hidden, weights = (dtype_of(values[node.args[at].index].dtype).itemsize for at in (0, 1))
             tokens, choices = plan.tokens.shape
             rows, shares = tokens * choices * plan.features * hidden, tokens * choices * weights
@@ -156,9 +164,8 @@ def _messages(
 def _asked(plan: ExpertsPlan, name: str, mesh: Mesh, *, twice: bool) -> Iterator[Collective]:
     """What tells each rank how many assignments come before its own, where an expert takes some only."""
     axes = in_order(plan.tokens.sharded)
-    digits = plan.tokens.dims[0]
-    last = max((i for i, digit in enumerate(digits) if isinstance(digit, str)), default=-1)
-    runs = plan.tokens.shape[0] // local_size(digits[last + 1 :])
+    index = digits_index(plan.tokens.dims[0], dict.fromkeys(AXES, 0), mesh, balanced=plan.balanced)
+    runs = 1 + int((index.diff() != 1).sum())
     size = degree(mesh, axes) * runs * plan.count * 8
     phases = ("forward", "backward") if twice else ("forward",)
     for phase in phases if axes else ():

@@ -149,6 +149,8 @@ class ExpertsPlan:
     """Whether its experts are laid over ep, so that rows travel."""
     capacity: int = 0
     """The most assignments that an expert takes of a microbatch; 0: all."""
+    balanced: bool = False
+    """Whether the tokens of a sequence lie head and tail over cp."""
     hidden_axes: tuple[str, ...] = ()
     """The axes over which it sums the gradient of the rows that enter it."""
     weights_axes: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from math import gcd
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from shardspec.functional import check_range
-from shardspec.layout import local_size
-from shardspec.mesh import degree
+from shardspec.layout import DimLayout
+from shardspec.mesh import Mesh, degree
 from shardspec.placement import digits_index
 from shardspec.plan import ExpertsPlan
 from shardspec.runtime.attach import Wiring, wrap_forward
@@ -229,11 +230,10 @@ def within_capacity(chosen_Nk: Tensor, plan: ExpertsPlan, fabric: Fabric) -> Ten
     A rank's tokens are runs of the whole's. What each expert was asked for by each run of each rank is gathered: from
     that follows how many come before a run.
     """
-    digits, size_E = plan.tokens.dims[0], plan.count
-    place, mesh = fabric.coordinate, fabric.mesh
+    digits, size_E, mesh = plan.tokens.dims[0], plan.count, fabric.mesh
     axes = tuple(axis for axis in mesh.axes if axis in plan.tokens.sharded)
+    length, starts_rank = token_runs(digits, mesh, tuple(fabric.coordinate.items()), axes, plan.balanced)
     rows = plan.tokens.shape[0]
-    length = local_size(digits[max((i for i, digit in enumerate(digits) if isinstance(digit, str)), default=-1) + 1 :])
     runs = rows // length
     flat = chosen_Nk.reshape(-1)
     run = (
@@ -247,21 +247,34 @@ def within_capacity(chosen_Nk: Tensor, plan: ExpertsPlan, fabric: Fabric) -> Ten
     if axes:
         every = asked.new_empty((degree(mesh, axes), runs * size_E))
         all_gather(every, asked, fabric.group(axes))
-    places = [
-        {**place, **dict(zip(axes, at, strict=True))} for at in itertools.product(*(range(mesh[a]) for a in axes))
-    ]
-    starts = torch.stack([digits_index(digits, one, mesh)[::length] for one in places]).reshape(-1).to(flat.device)
+    starts = starts_rank.reshape(-1).to(flat.device)
     before = torch.empty_like(every.view(-1, size_E))
     in_order = starts.argsort()
     counted = every.view(-1, size_E)[in_order]
     before[in_order] = counted.cumsum(0) - counted
-    own = before.view(len(places), runs * size_E)[fabric.place(axes)]
+    own = before.view(len(starts_rank), runs * size_E)[fabric.place(axes)]
     order = key.argsort(stable=True)
     first = asked.cumsum(0) - asked
     position = torch.empty_like(key)
     position[order] = torch.arange(len(key), device=key.device) - first[key[order]]
     late = position + own[key] >= plan.capacity
     return flat.masked_fill(late, size_E).view_as(chosen_Nk)
+
+
+@functools.lru_cache(maxsize=64)
+def token_runs(
+    digits: DimLayout, mesh: Mesh, place: tuple[tuple[str, int], ...], axes: tuple[str, ...], balanced: bool
+) -> tuple[int, Tensor]:
+    """How long the runs of consecutive tokens of the whole are that a rank holds, and where they begin on each of the
+    ranks that differ from `place` on `axes`: [ranks, runs]."""
+    every = itertools.product(*(range(mesh[axis]) for axis in axes))
+    held = [
+        digits_index(digits, {**dict(place), **dict(zip(axes, at, strict=True))}, mesh, balanced=balanced)
+        for at in every
+    ]
+    breaks = (1 + (rows.diff() != 1).nonzero().flatten() for rows in held)
+    length = gcd(len(held[0]), *(int(at) for each in breaks for at in each))
+    return length, torch.stack([rows[::length] for rows in held])
 
 
 def attach_experts(
