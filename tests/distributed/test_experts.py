@@ -186,3 +186,26 @@ def test_memory_counts_the_weights_of_experts_exactly_and_activations_as_for_tok
     assert [own for own, _, _, _ in found] == [planned for _, _, planned, _ in found]
     measured, expected = (sum(each[at] for each in found) for at in (1, 3))
     assert 0.8 < expected / measured < 1.3
+
+
+def dropping(rank: int, world: int, mesh: ss.Mesh) -> list[float]:
+    """Loss, norm and dropped assignments of two steps in which sequences lie head and tail over cp."""
+    torch.set_default_dtype(torch.float64)
+    rules = RULES.override(
+        capacity=1.0,
+        params={r"embed\.weight": "V D@(fsdp,ep,cp)"},
+        activations={r"tokens|labels": "B@(dp,fsdp,ep) S@cp", r"layers\.\d+\.moe": "B@(dp,fsdp,ep) S@cp D"},
+    )
+    sharded = ss.shard(lambda: Mixture(Config()), rules, mesh, make_batch(), policy=ss.Policy(balance=True))
+    state, step, found = sharded.init(ss.sgd(lr=0.1), seed=2), ss.train_step(sharded, loss_fn), []
+    for index in range(2):
+        state, metrics = step(state, sharded.local_batch(make_batch(index)))
+        found += [float(metrics[name]) for name in ("loss", "grad_norm", "experts/dropped")]
+    return found
+
+
+def test_the_same_assignments_are_dropped_where_sequences_lie_head_and_tail():
+    alone = run_ranks(1, dropping, ss.Mesh())[0]
+    assert alone[2] > 0
+    for found in run_ranks(4, dropping, ss.Mesh(ep=2, cp=2)):
+        assert found == pytest.approx(alone, rel=1e-12)
