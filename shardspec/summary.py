@@ -219,6 +219,8 @@ def facts(plan: Plan) -> dict[str, str]:
     }
     if plan.pipeline is not None:
         found["pipeline"] = f"{plan.pipeline.schedule}, {plan.pipeline.microbatches} microbatches"
+    if plan.balanced:
+        found["sequence"] = f"head and tail over cp: rank r holds chunks r and {2 * plan.mesh['cp'] - 1} - r"
     if plan.constraints:
         found["sizes must divide"] = ", ".join(map(str, plan.constraints))
     return found

@@ -108,6 +108,7 @@ def test_a_plan_says_its_order_in_a_file_too():
     assert json.loads(plan.to_json())["balanced"] is True
     assert plan.hash != plan_of("cp=2", "ring", balance=False).hash
     assert plan.hash != plan_of("cp=2", "allgather").hash
+    assert "rank r holds chunks r and 3 - r" in str(plan)
 
 
 def test_without_cp_a_policy_of_attention_changes_nothing():
