@@ -2,7 +2,7 @@
 
     python -m benchmarks.experts [--out docs/experts_sweep.md] [MESH ...]
 
-Every subset of up to three axes of dp, fsdp, ep, tp and pp, each of size 2, and three meshes of four axes on 16 ranks;
+Every subset of up to three axes of dp, fsdp, ep, cp, tp and pp, each of size 2, and three meshes of four axes on 16 ranks;
 two microbatches, masked labels, with sequence parallelism over tp and without. Status 1: a difference above the
 tolerance, or a rank that failed.
 """
@@ -21,7 +21,7 @@ from tests.distributed.mixtures import FAMILIES, STEPS, Case, run_cases
 from tests.distributed.parity import TOLERANCE
 
 OUT = Path("docs/experts_sweep.md")
-AXES = ("dp", "fsdp", "ep", "tp", "pp")
+AXES = ("dp", "fsdp", "ep", "cp", "tp", "pp")
 LARGE = ("dp=2,fsdp=2,ep=2,tp=2", "fsdp=2,ep=2,tp=2,pp=2", "dp=2,fsdp=2,ep=2,pp=2")
 KINDS = ("loss", "grads", "losses", "norms", "params", "buffers")
 HEAD = f"""# Parity of experts

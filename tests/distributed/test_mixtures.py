@@ -35,6 +35,8 @@ COVERING = [
     Case("deepseek", "cp=2,tp=2"),
     Case("mixtral", "cp=2,pp=2", microbatches=2),
     Case("mixtral", "ep=4"),
+    Case("mixtral", "ep=2,cp=2"),
+    Case("deepseek", "ep=2,cp=2", microbatches=2),
     Case("deepseek", "ep=4", microbatches=2),
 ]
 ADVERSARIAL = [
