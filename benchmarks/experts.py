@@ -2,8 +2,8 @@
 
     python -m benchmarks.experts [--out docs/experts_sweep.md] [MESH ...]
 
-Every subset of up to three axes of dp, fsdp, ep, cp, tp and pp, each of size 2, and three meshes of four axes on 16 ranks;
-two microbatches, masked labels, with sequence parallelism over tp and without. Status 1: a difference above the
+Every subset of up to three axes of dp, fsdp, ep, cp, tp and pp, each of size 2, and three meshes of four axes on 16
+ranks; two microbatches, masked labels, with sequence parallelism over tp and without. Status 1: a difference above the
 tolerance, or a rank that failed.
 """
 
