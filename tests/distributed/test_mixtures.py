@@ -80,7 +80,7 @@ def test_a_step_reduces_and_sends_what_the_plan_says_beside_the_rows_that_travel
 
     def run(rank: int, world: int, case: Case) -> tuple[Calls, Calls]:
         sharded = case.shard()
-        state, batch = sharded.init(ss.adamw(lr=1e-3)), sharded.local_batch(make_batch(0))
+        state, batch = sharded.init(ss.adamw(lr=1e-3)), sharded.local_batch(case.batch(0))
         step = ss.train_step(sharded, case.mixture.loss_fn, clip=CLIP, buffers=case.mixture.update)
         state, _ = step(state, batch)
         with CollectiveLog() as log:
