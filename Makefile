@@ -37,7 +37,7 @@ test: lint
 sweep: $(READY)
 	$(PY) -m benchmarks.sweep
 	$(PY) -m benchmarks.pipelines
-	$(PY) -m benchmarks.experts
+	$(PY) -m benchmarks.axes
 	$(PY) -m benchmarks.context
 	$(PY) -m benchmarks.gallery
 	$(PY) -m benchmarks.operators

@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import shardspec as ss
-from models import deepseek, mixtral
+from models import deepseek, llama, mixtral
 from models.deepseek.model import DeepSeekConfig
+from models.llama import LlamaConfig
 from models.mixtral.model import MixtralConfig
 from tests.distributed.harness import run_ranks
-from tests.distributed.parity import CLIP, OPTIMIZER, ROWS, SEQ, STEPS, make_batch
+from tests.distributed.parity import CLIP, OPTIMIZER, ROWS, SEQ, SIZES, STEPS, make_batch, make_model
 
 VOCABULARY = 40
 SPEED = 0.05  # of a selection bias: five steps change choices
@@ -76,6 +77,18 @@ FAMILIES = {
     ),
 }
 
+MODELS = {
+    "llama": Mixture(
+        name="llama",
+        make=lambda layers: make_model(LlamaConfig(**{**SIZES, "n_layers": layers}, max_seq_len=32)),
+        rules={True: llama.RULES, False: llama.WITHOUT_SP},
+        loss_fn=cross_entropy,
+        update=None,
+    ),
+    **FAMILIES,
+}
+"""A dense model beside them."""
+
 
 @attrs.frozen
 class Case:
@@ -92,7 +105,7 @@ class Case:
 
     @property
     def mixture(self) -> Mixture:
-        return FAMILIES[self.family]
+        return MODELS[self.family]
 
     @property
     def layers(self) -> int:
