@@ -1,6 +1,7 @@
 """Start one process a rank on this machine, through torch's launcher, when nobody else has."""
 
 import logging
+import multiprocessing
 import os
 import sys
 import uuid
@@ -13,6 +14,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 T = TypeVar("T")
+
+PRELOADED = ("torch", "shardspec.runtime.restore", "models.data", "models.report")
+"""What takes ranks long to import."""
 
 
 def under_launcher() -> bool:
@@ -35,9 +39,11 @@ def launch(rank_main: Callable[[T], None], options: T, world: int) -> int:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
-        # forking spares every rank the import of torch, but CUDA does not survive it
-        start_method="spawn" if torch.cuda.is_available() else "fork",
+        # This process has threads by then (the rendezvous), which do not survive a fork: a rank could wait for a lock
+        # for ever. So ranks are forked from a server that has done nothing but import what they need.
+        start_method="forkserver",
     )
+    multiprocessing.set_forkserver_preload(list(PRELOADED))
     logging.disable(logging.ERROR)  # the launcher's own account of a failure, which `explain` replaces
     try:
         elastic_launch(config, start_rank)(rank_main, options, threads)
