@@ -7,16 +7,14 @@ and three meshes of four axes on 16 ranks; two microbatches, masked labels, with
 without. Status 1: a difference above the tolerance, or a rank that failed.
 """
 
-import argparse
 import itertools
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from tests.distributed.harness import RankError
+from benchmarks.grid import Grid, run_grid
 from tests.distributed.mixtures import FAMILIES, MODELS, STEPS, Case, run_cases
 from tests.distributed.parity import TOLERANCE
 
@@ -54,43 +52,26 @@ def cases_on(mesh: str) -> list[Case]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.axes", description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--out", type=Path, default=None, help=f"where the table goes ({OUT} for the whole grid)")
-    parser.add_argument("meshes", nargs="*", metavar="MESH", help='only these, as "ep=2,tp=2"')
-    options = parser.parse_args(argv)
-    rows, failed, began = [], 0, time.monotonic()
-    for mesh in options.meshes or meshes():
-        for case, found in run_mesh(cases_on(mesh)):
-            wrong = isinstance(found, str) or not max(found.values()) <= TOLERANCE
-            failed += wrong
-            text = found if isinstance(found, str) else f"{max(found.values()):.1e}"
-            print(f"{'FAIL' if wrong else 'ok':4}  {case!s:50} {text}", flush=True)
-            rows.append(render(case, found, wrong))
-    print(f"{len(rows)} cases, {failed} failed, {time.monotonic() - began:.0f} s")
-    out = options.out or (None if options.meshes else OUT)
-    if out is not None:
-        out.write_text(f"{HEAD}{''.join(rows)}\n{len(rows)} cases, {failed} failed.\n")
-        print(f"written: {out}")
-    return int(failed > 0)
+    return run_grid(
+        Grid(head=HEAD, kinds=KINDS, cells=cells, run=run),
+        argv,
+        prog="benchmarks.axes",
+        description=__doc__.split("\n", maxsplit=1)[0],
+        out=OUT,
+        meshes=meshes(),
+        cases_on=cases_on,
+    )
 
 
-def run_mesh(cases: list[Case]) -> Iterator[tuple[Case, dict[str, float] | str]]:
-    """Every case of one mesh in the same ranks; each in ranks of its own where one of them fails."""
-    try:
-        yield from run_cases(cases, timeout=1200)
-    except RankError as error:
-        if len(cases) == 1:
-            yield cases[0], str(error).strip().splitlines()[-1]
-            return
-        for case in cases:
-            yield from run_mesh([case])
+def run(cases: list[Case]) -> Iterator[tuple[Case, dict[str, float]]]:
+    """Each case of a mesh with its largest differences, all in the same ranks."""
+    yield from run_cases(cases, timeout=1200)
 
 
-def render(case: Case, found: dict[str, float] | str, wrong: bool) -> str:
-    """A row of the table."""
-    cells = [case.family, case.mesh or "one rank", {True: "yes", False: "no"}[case.sp] if "tp=" in case.mesh else ""]
-    cells += [found, *[""] * (len(KINDS) - 1)] if isinstance(found, str) else [f"{found[kind]:.1e}" for kind in KINDS]
-    return f"| {' | '.join(cells)} | {'**fails**' if wrong else ''} |\n"
+def cells(case: Case) -> list[str]:
+    """What a row says of its case."""
+    sp = {True: "yes", False: "no"}[case.sp] if "tp=" in case.mesh else ""
+    return [case.family, case.mesh or "one rank", sp]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ rank that failed, or a message that the plan does not have.
 import argparse
 import itertools
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +18,14 @@ import attrs
 import torch
 
 import shardspec as ss
+from benchmarks.grid import Grid
 from benchmarks.measure import own_bytes
 from models.llama import PRESETS, RULES, build
 from shardspec.policy import STRATEGIES
 from shardspec.runtime import context
 from tests import reader
 from tests.distributed.context import STEPS, TOLERANCE, Case, compare
-from tests.distributed.harness import CollectiveLog, RankError, run_ranks
+from tests.distributed.harness import CollectiveLog, run_ranks
 
 OUT = Path("docs/context_sweep.md")
 KINDS = ("loss", "grads", "losses", "params")
@@ -69,44 +69,29 @@ def cases_on(mesh: str, *, few: bool) -> Iterator[Case]:
             yield Case(mesh, strategy, kind, balance=balance, kv_heads=kv_heads)
 
 
-def run_mesh(cases: list[Case]) -> Iterator[tuple[Case, dict[str, float] | str]]:
-    """Every case of one mesh in the same ranks; each in ranks of its own where one of them fails."""
+def run(cases: list[Case]) -> Iterator[tuple[Case, dict[str, float]]]:
+    """Each case of a mesh with its largest differences, all in the same ranks."""
 
-    def run(_rank: int, _world: int) -> list[dict[str, float]]:
+    def on_rank(_rank: int, _world: int) -> list[dict[str, float]]:
         return [compare(case) for case in cases]
 
-    try:
-        yield from zip(cases, run_ranks(cases[0].world, run, timeout=3000)[0], strict=True)
-    except RankError as error:
-        if len(cases) == 1:
-            yield cases[0], str(error).strip().splitlines()[-1]
-            return
-        for case in cases:
-            yield from run_mesh([case])
+    yield from zip(cases, run_ranks(cases[0].world, on_rank, timeout=3000)[0], strict=True)
 
 
-def grid_row(case: Case, found: dict[str, float] | str, *, wrong: bool) -> str:
-    """A row of the table of parity."""
+def cells(case: Case) -> list[str]:
+    """What a row of the table of parity says of its case."""
     order = "head and tail" if case.balance else "in order"
-    cells = [case.mesh, case.strategy, case.kind, order, str(case.kv_heads)]
-    cells += [found, *[""] * (len(KINDS) - 1)] if isinstance(found, str) else [f"{found[kind]:.1e}" for kind in KINDS]
-    return f"| {' | '.join(cells)} | {'**fails**' if wrong else ''} |\n"
+    return [case.mesh, case.strategy, case.kind, order, str(case.kv_heads)]
 
 
-def grid(chosen: list[str], *, few: bool) -> Iterator[tuple[str, int]]:
+def parity(chosen: list[str], *, few: bool) -> Iterator[tuple[str, int]]:
     """The table of parity as far as it has come, and how many rows of it fail; once for each mesh."""
-    rows: list[str] = []
-    failed, began = 0, time.monotonic()
+    grid = Grid(head=GRID, kinds=KINDS, cells=cells, run=run)
     for done, mesh in enumerate(chosen, 1):
-        for case, found in run_mesh(list(cases_on(mesh, few=few))):
-            wrong = isinstance(found, str) or not max(found.values()) <= TOLERANCE
-            failed += wrong
-            text = found if isinstance(found, str) else f"{max(found.values()):.1e}"
-            print(f"{'FAIL' if wrong else 'ok':4}  {case!s:60} {text}", flush=True)
-            rows.append(grid_row(case, found, wrong=wrong))
-        print(f"{len(rows)} cases, {failed} failed, {time.monotonic() - began:.0f} s", flush=True)
+        grid.add(list(cases_on(mesh, few=few)))
+        grid.say()
         left = f" Not run: {', '.join(chosen[done:])}." if done < len(chosen) else ""
-        yield f"{GRID}{''.join(rows)}\n{len(rows)} cases on {done} meshes, {failed} failed.{left}\n", failed
+        yield grid.page(where=f" on {done} meshes", rest=left), grid.failed
 
 
 def count_scores(_rank: int, _world: int, case: Case) -> int:
@@ -257,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     if not options.meshes:
         tables, wrong = wire()
         tables = work() + tables + memory(options.ranks)
-    for page, failed in grid(options.meshes or list(meshes(options.ranks)), few=options.few):
+    for page, failed in parity(options.meshes or list(meshes(options.ranks)), few=options.few):
         failures = failed
         if out is not None:
             out.write_text(HEAD + tables + page)
