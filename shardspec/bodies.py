@@ -100,6 +100,7 @@ def _failed(
 
 
 def _runs(run: Callable[[Mapping[str, int]], Graph], attributes: Mapping[str, int]) -> bool:
+    """Whether a fix that is worth telling holds: it is tried with the user's own forward, which may raise anything."""
     try:
         run(attributes)
     except Exception:
